@@ -1,0 +1,94 @@
+"""What the agent tells the controller. Plain frozen data: they cross processes by pickle and are shown as JSON."""
+
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import Any
+
+
+class PressureLevel(IntEnum):
+    """How short of memory a device or an engine is."""
+
+    NORMAL = 0
+    ELEVATED = 1
+    CRITICAL = 2
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """One engine as its board row and the operating system show it.
+
+    Attributes:
+        engine_id: the Serve replica's unique id.
+        held_bytes_os: KV bytes held, from the operating system (st_blocks of each worker's memory file).
+        committed_bytes: the engine's own count; differs from held_bytes_os only while a move is under way.
+        used_bytes: KV bytes that requests reference now.
+        rss_bytes: resident bytes of the engine's processes.
+        pressure: of this engine: its used and demanded bytes against what it can reach.
+        reachable_blocks: KV blocks inside the current lease; blocks_ceiling: KV blocks of the virtual tensor.
+        kv_usage: used share of the reachable capacity, 0 to 1.
+    """
+
+    engine_id: str
+    model: str
+    pid: int
+    state: str
+    limit_bytes: int
+    lease_revision: int
+    applied_revision: int
+    guarantee_bytes: int
+    ceiling_bytes: int
+    weights_bytes: int
+    held_bytes_os: int
+    committed_bytes: int
+    used_bytes: int
+    demand_bytes: int
+    rss_bytes: int
+    running: int
+    waiting: int
+    preemptions: int
+    inflate_count: int
+    inflate_bytes: int
+    deflate_count: int
+    deflate_bytes: int
+    map_failures: int
+    blocks_mapped: int
+    reachable_blocks: int
+    blocks_ceiling: int
+    block_tokens: int
+    kv_usage: float
+    target_revision: int
+    pressure: PressureLevel
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """One device at one moment.
+
+    Attributes:
+        taken_at_s: wall-clock time of the sample, for people; sequence: grows by one with each report of one agent life.
+        agent_epoch_ns: start time of this agent life; (agent_epoch_ns, sequence) orders reports of a device.
+        budget_bytes: KV bytes the engines of this device share.
+    """
+
+    node: str
+    device: str
+    agent_pid: int
+    agent_epoch_ns: int
+    sequence: int
+    taken_at_s: float
+    budget_bytes: int
+    pressure: PressureLevel
+    engines: tuple[EngineReport, ...]
+    dead_engines: int
+
+    @property
+    def held_bytes_os(self) -> int:
+        return sum(engine.held_bytes_os for engine in self.engines)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready; enums by name."""
+        out = asdict(self)
+        out["pressure"] = self.pressure.name
+        for engine, row in zip(self.engines, out["engines"], strict=True):
+            row["pressure"] = engine.pressure.name
+        return out

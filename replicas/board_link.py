@@ -1,0 +1,83 @@
+"""A replica's tie to the memory agent and the controller: its row on the lease board, and the targets it writes there."""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import ray
+from ray.exceptions import RayError
+
+from memory_agent.lease_board import LeaseBoard, ReplicaWord
+from replicas.lease_watch import WakePolicy, watch_lease
+from replicas.spec import EngineSpec
+from replicas.targets import ReplicaTarget
+
+if TYPE_CHECKING:
+    from memory_agent.agent import AgentSpec, Registration
+
+logger = logging.getLogger("ray.serve")
+
+CONTROLLER_NAME = "ellm-controller"
+NAMESPACE = "ellm"
+TARGET_PERIOD_S = 1.0
+UNREGISTER_TIMEOUT_S = 2.0
+
+
+class BoardLink:
+    """One engine's registration. Construction registers the engine, and raises what the agent raises where it does not fit."""
+
+    def __init__(self, engine_id: str, spec: EngineSpec, agent_spec: "AgentSpec") -> None:
+        from memory_agent.agent import ensure_agent
+
+        self.engine_id = engine_id
+        self._agent = ensure_agent(agent_spec)
+        self.registration: Registration = ray.get(
+            self._agent.register.remote(
+                engine_id=engine_id,
+                model=spec.model_name,
+                guarantee_bytes=spec.kv_guarantee_bytes,
+                ceiling_bytes=spec.kv_ceiling_bytes,
+                weights_bytes=spec.weights_bytes,
+                registrar_pid=os.getpid(),
+            )
+        )
+        self._board = LeaseBoard.open(self.registration.board_path)
+        self._row = self._board.row(self.registration.row)
+
+    async def follow_lease(self, wake: Callable[[], Awaitable[object]]) -> None:
+        """Wake the engine by ``wake`` when its lease has changed or its rest has come; for ever."""
+        await watch_lease(self._row, wake, WakePolicy())
+
+    async def follow_targets(self) -> None:
+        """Fetch the controller's target once a second and write it to the row; for ever. Without a controller the last stays."""
+        controller = None
+        while True:
+            started_s = time.monotonic()
+            try:
+                controller = controller or await asyncio.to_thread(ray.get_actor, CONTROLLER_NAME, namespace=NAMESPACE)
+                target = await controller.target_for.remote(self.engine_id)
+                if target is not None:
+                    self.apply(target)
+            except (RayError, ValueError) as error:  # no such actor now: it is being restarted, or nobody started one
+                controller = None
+                logger.debug("no target for %s: %s", self.engine_id, error)
+            await asyncio.sleep(max(0.0, started_s + TARGET_PERIOD_S - time.monotonic()))
+
+    def apply(self, target: ReplicaTarget) -> None:
+        """Write ``target`` where the engine reads it each step. One that is not newer changes nothing."""
+        if target.revision <= self._row.get(ReplicaWord.TARGET_REVISION):
+            return
+        self._row.set(ReplicaWord.TOKEN_BUDGET_MAX, target.token_budget_max)
+        self._row.set(ReplicaWord.ACTIVE_MAX, target.active_max)
+        # The revision last: who reads it sees the bounds that belong to it, or newer ones.
+        self._row.set(ReplicaWord.TARGET_REVISION, target.revision)
+
+    def close(self) -> None:
+        """Give the row back. An agent that is away learns of the engine's end from its processes."""
+        try:
+            ray.get(self._agent.unregister.remote(self.engine_id), timeout=UNREGISTER_TIMEOUT_S)
+        except RayError as error:
+            logger.info("%s was not unregistered: %s", self.engine_id, error)

@@ -1,0 +1,249 @@
+"""The scheduler's side of elastic KV memory: lease and demand in, moves out, acknowledgements back.
+
+One step:  begin_step (read the lease, plan, park what must go)
+           -> vLLM schedules with what is left -> take_moves (rides with the step to every worker)
+           -> the workers unmap, map, run the forward -> on_acks (blocks that every rank has mapped become usable)
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from memory_agent.extents import ExtentMap, KvGeometry
+from memory_agent.lease_board import MAX_WORKERS, AgentWord, EngineWord, LeaseBoard
+from replicas.elastic_settings import ElasticSettings
+from replicas.kv_moves import KvAck, KvHandshake, KvMoves
+from replicas.kv_parking import ExtentState, KvParking
+from replicas.kv_plan import KvPlan, KvState, plan_moves
+from vllm.v1.core.block_pool import BlockPool
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 0.5
+"""Pause after the operating system refused memory, before asking again."""
+
+
+@dataclass(frozen=True)
+class StepDemand:
+    """What the scheduler's queues ask for at the start of a step.
+
+    Attributes:
+        running, waiting: requests; blocks_wanted: KV blocks beyond those referenced now that they could use.
+        blocks_returning: referenced blocks that become free when steps in flight have finished.
+        preemptions: since start.
+    """
+
+    running: int
+    waiting: int
+    blocks_wanted: int
+    blocks_returning: int
+    preemptions: int
+
+
+@dataclass
+class _Flight:
+    """A KvMoves that not every rank has answered yet."""
+
+    moves: KvMoves
+    acks: list[KvAck]
+
+
+class ElasticKv:
+    """State machine of one engine's extents. Lives in the scheduler's process; not thread-safe.
+
+    Raises BoardError where the lease board cannot be used, ValueError where the ranks disagree on their memory.
+    """
+
+    def __init__(self, settings: ElasticSettings, geometry: KvGeometry, block_tokens: int, pool: BlockPool,
+                 handshakes: list[KvHandshake], clock: Callable[[], float] = time.monotonic) -> None:
+        first = handshakes[0]
+        for other in handshakes[1:]:
+            if (other.chunk_bytes, other.mapped_extents) != (first.chunk_bytes, first.mapped_extents):
+                raise ValueError(f"the ranks disagree on their KV memory: {first} and {other}")
+        self._settings = settings
+        self._clock = clock
+        self._ranks = len(handshakes)
+        self._extents = ExtentMap(geometry, first.chunk_bytes)
+        self.parking = KvParking(pool, self._extents, first.mapped_extents)
+        # All ranks of an engine share the lease of its device.
+        self._extent_bytes = self._extents.extent_bytes * self._ranks
+        self._blocks_ceiling = geometry.num_blocks
+        self._rest = len(first.mapped_extents)
+        self._batch = max(1, settings.map_batch_bytes // self._extent_bytes)
+
+        self.row = LeaseBoard.open(Path(settings.board_path)).row(settings.row)
+        self._limit = self._wanted = self._rest
+        self._plan = KvPlan()
+        self._unmap_now: list[int] = []
+        self._aborted: list[int] = []
+        self._flights: dict[int, _Flight] = {}
+        self._sequence = 0
+        self._shortage = False
+        self._over_since: float | None = None
+        self._map_retry_at = 0.0
+        self._idle_since: float | None = clock()
+        self._appear(handshakes, block_tokens)
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def begin_step(self, demand: StepDemand, preempt: Callable[[], int]) -> None:
+        """Obey the lease and plan this step's moves, before vLLM schedules.
+
+        Args:
+            demand: of the queues now.
+            preempt: preempts one running request and returns how many of its blocks become free only after the steps
+                in flight; -1 when no running request is left.
+        """
+        now = self._clock()
+        lease = self.row.lease
+        self._limit = lease.limit_bytes // self._extent_bytes
+        blocks = self.parking.used_blocks + 1 + demand.blocks_wanted
+        self._wanted = -(-blocks // self._extents.blocks_per_extent)
+        self._over_since = None if self._wanted <= self._limit else self._over_since or now
+        self._idle_since = None if demand.running or demand.waiting else self._idle_since or now
+        self._shortage = False
+        self._plan = plan_moves(KvState(
+            limit=self._limit, mapped=self._n(ExtentState.MAPPED), mapping=self._n(ExtentState.MAPPING),
+            unmapping=self._n(ExtentState.UNMAPPING), wanted=self._wanted, rest=self._rest, idle=self._is_idle(now),
+            batch=self._batch if now >= self._map_retry_at else 0))
+        self._unmap_now = self.parking.begin_unmap(self._plan.shrink)
+        if self._plan.forced:
+            self._preempt_until_it_fits(demand.blocks_returning, preempt)
+        self._publish(demand, lease.revision)
+
+    def take_moves(self) -> KvMoves:
+        """The moves to send with this step; they are in flight until every rank has answered."""
+        grow = max(self._plan.grow, 1) if self._shortage else self._plan.grow
+        moves = KvMoves(unmap=self._unmap_now + self._aborted,
+                        map=self.parking.begin_map(min(grow, self._limit - self._committed)))
+        self._plan, self._unmap_now, self._aborted = KvPlan(), [], []
+        if moves.unmap or moves.map:
+            self._sequence += 1
+            moves.sequence = self._sequence
+            self._flights[moves.sequence] = _Flight(moves, [])
+            self.row.set(EngineWord.COMMITTED_BYTES, self._committed * self._extent_bytes)
+        return moves
+
+    def on_acks(self, acks: Iterable[KvAck]) -> None:
+        """Answers of workers; a move counts when all ranks have answered."""
+        for ack in acks:
+            flight = self._flights.get(ack.sequence)
+            if flight is None:
+                continue
+            flight.acks.append(ack)
+            if len(flight.acks) == self._ranks:
+                del self._flights[ack.sequence]
+                self._finish(flight)
+
+    def waiting_helps(self) -> bool:
+        """A running request found no free block: is memory on its way, so that it should wait instead of preempting?"""
+        if self._n(ExtentState.MAPPING):
+            return True
+        now = self._clock()
+        if now < self._map_retry_at:
+            return False
+        if self._committed < self._limit and self._n(ExtentState.PARKED):
+            self._shortage = True
+            return True
+        self._over_since = self._over_since or now
+        raising = self.row.get(AgentWord.TARGET_BYTES) // self._extent_bytes > self._limit
+        return now - self._over_since < (self._settings.patience_s if raising else self._settings.notice_s)
+
+    def has_work(self) -> bool:
+        """True while an engine without requests must step all the same: a lease unread, moves in flight, idle memory."""
+        if self._flights or self._aborted or self.row.lease.revision != self.row.get(EngineWord.APPLIED_REVISION):
+            return True
+        return self._is_idle(self._clock()) and self.parking.has_free_extent_beyond(self._rest)
+
+    @property
+    def usage(self) -> float:
+        """Used share of the capacity that the lease makes reachable, 0 to 1."""
+        extents = max(self._limit, self._n(ExtentState.MAPPED))
+        reachable = min(extents * self._extents.blocks_per_extent, self._blocks_ceiling) - 1
+        return min(1.0, self.parking.used_blocks / reachable) if reachable > 0 else 0.0
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _committed(self) -> int:
+        return self._n(ExtentState.MAPPED) + self._n(ExtentState.MAPPING) + self._n(ExtentState.UNMAPPING)
+
+    def _n(self, state: ExtentState) -> int:
+        return self.parking.count(state)
+
+    def _is_idle(self, now: float) -> bool:
+        return self._idle_since is not None and now - self._idle_since >= self._settings.idle_release_s
+
+    def _preempt_until_it_fits(self, blocks_returning: int, preempt: Callable[[], int]) -> None:
+        """The lease is below what requests use: preempt until enough extents are, or are about to be, free."""
+        missing = self._plan.shrink - len(self._unmap_now)
+        while missing - blocks_returning // self._extents.blocks_per_extent > 0:
+            returning = preempt()
+            if returning < 0:
+                break
+            blocks_returning += returning
+            more = self.parking.begin_unmap(missing)
+            self._unmap_now += more
+            missing -= len(more)
+
+    def _finish(self, flight: "_Flight") -> None:
+        errors = [ack.error for ack in flight.acks if ack.error]
+        nanoseconds = int(max(ack.seconds for ack in flight.acks) * 1e9)
+        moves = flight.moves
+        if moves.unmap:
+            self.parking.finish_unmap(moves.unmap)
+            self._count_move(EngineWord.DEFLATE_COUNT, EngineWord.DEFLATE_BYTES, len(moves.unmap))
+        if errors:
+            logger.warning("mapping %d extents failed, retrying in %.1f s: %s", len(moves.map), _RETRY_S, errors[0])
+            self.parking.abort_map(moves.map)
+            self._aborted += moves.map
+            self._map_retry_at = self._clock() + _RETRY_S
+            self._add(EngineWord.MAP_FAILURES, 1)
+        elif moves.map:
+            self.parking.finish_map(moves.map)
+            self._count_move(EngineWord.INFLATE_COUNT, EngineWord.INFLATE_BYTES, len(moves.map))
+        self._add(EngineWord.MOVE_NS, nanoseconds)
+        self.row.set(EngineWord.COMMITTED_BYTES, self._committed * self._extent_bytes)
+
+    def _count_move(self, count: EngineWord, moved_bytes: EngineWord, extents: int) -> None:
+        self._add(count, 1)
+        self._add(moved_bytes, extents * self._extent_bytes)
+
+    def _add(self, word: EngineWord, value: int) -> None:
+        self.row.set(word, self.row.get(word) + value)
+
+    def _appear(self, handshakes: list[KvHandshake], block_tokens: int) -> None:
+        """First words on the board; the process id comes last, because it makes the row live."""
+        row = self.row
+        for i, handshake in enumerate(handshakes[:MAX_WORKERS]):
+            row.set(EngineWord.WORKER_PID_0 + i, handshake.pid)
+            row.set(EngineWord.WORKER_FD_0 + i, handshake.memory_fd)
+        row.set(EngineWord.WORKER_COUNT, min(self._ranks, MAX_WORKERS))
+        row.set(EngineWord.BLOCK_BYTES, self._extent_bytes // self._extents.blocks_per_extent)
+        row.set(EngineWord.BLOCK_TOKENS, block_tokens)
+        row.set(EngineWord.BLOCKS_CEILING, self._blocks_ceiling)
+        row.set(EngineWord.REST_BYTES, self._rest * self._extent_bytes)
+        self._publish(StepDemand(0, 0, 0, 0, 0), row.lease.revision)
+        row.set(EngineWord.PID, os.getpid())
+        logger.info("KV memory: %d blocks at the ceiling, %d mapped, extents of %d blocks and %d bytes",
+                    self._blocks_ceiling, self.parking.mapped_blocks, self._extents.blocks_per_extent,
+                    self._extent_bytes)
+
+    def _publish(self, demand: StepDemand, revision: int) -> None:
+        """This step's numbers. COMMITTED_BYTES goes before APPLIED_REVISION: whoever sees the revision acknowledged
+        sees a commitment that obeys it or is shrinking to it."""
+        row, block_bytes = self.row, self._extent_bytes // self._extents.blocks_per_extent
+        row.set(EngineWord.COMMITTED_BYTES, (self._committed + self._plan.grow) * self._extent_bytes)
+        row.set(EngineWord.USED_BYTES, self.parking.used_blocks * block_bytes)
+        row.set(EngineWord.DEMAND_BYTES, max(self._wanted, self._rest) * self._extent_bytes)
+        row.set(EngineWord.RUNNING, demand.running)
+        row.set(EngineWord.WAITING, demand.waiting)
+        row.set(EngineWord.BUSY, int(bool(demand.running or demand.waiting)))
+        row.set(EngineWord.PREEMPTIONS, demand.preemptions)
+        row.set(EngineWord.BLOCKS_MAPPED, self.parking.mapped_blocks)
+        row.set(EngineWord.STEPS, row.get(EngineWord.STEPS) + 1)
+        row.set(EngineWord.HEARTBEAT_NS, time.monotonic_ns())
+        row.set(EngineWord.APPLIED_REVISION, revision)

@@ -1,0 +1,95 @@
+"""vLLM's schedulers with a lease: each step they ask what fits. Chosen by ``scheduler_cls``."""
+
+from itertools import islice
+from typing import Any
+
+from memory_agent.lease_board import EngineWord, ReplicaWord
+from replicas.elastic_connector import ElasticKVConnector
+from replicas.elastic_kv import ElasticKv, StepDemand
+from replicas.kv_plan import blocks_ahead
+from replicas.vllm_adapter import check_scheduler, preempt_last, returning_blocks
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+
+_RESERVE_BLOCKS = 1
+"""Free blocks kept mapped beyond what the queues ask for, so that the next short request need not wait a step."""
+
+
+class _Elastic(Scheduler):
+    """What both schedulers add. Only the bounds of a step change; which request runs is decided by vLLM."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_scheduler(self)
+        if not isinstance(self.connector, ElasticKVConnector):
+            raise TypeError(f"{type(self).__name__} needs ElasticKVConnector, found {type(self.connector).__name__}")
+        self._elastic_connector = self.connector
+        self._own_token_budget = self.max_num_scheduled_tokens
+        self._own_active = self.max_num_active_reqs
+        self._preemptions = 0
+        self._target_revision = 0
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        kv = self._kv
+        self._apply_target(kv)
+        kv.begin_step(self._demand(), self._preempt)
+        output = super().schedule(throttle_prefills)
+        self._preemptions += len(output.preempted_req_ids or ())
+        return output
+
+    def get_kv_cache_usage(self) -> float:
+        """Used share of what the lease makes reachable; vLLM would count parked blocks as used."""
+        return self._kv.usage
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            stats.kv_cache_usage = self._kv.usage
+        return stats
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        with self._kv.parking.all_in_pool():
+            return super().reset_prefix_cache(reset_running_requests, reset_connector)
+
+    @property
+    def _kv(self) -> ElasticKv:
+        return self._elastic_connector.kv
+
+    def _demand(self) -> StepDemand:
+        """Blocks that would let every running request go on, and every waiting one that may become active start."""
+        ahead = self._elastic_connector.settings.lookahead_tokens
+        wanted = _RESERVE_BLOCKS
+        for request in self.running:
+            wanted += blocks_ahead(request.num_tokens, request.num_computed_tokens, self.block_size, ahead)
+        slots = max(0, self.max_num_active_reqs - len(self.running))
+        for request in islice(self.waiting, slots):
+            wanted += blocks_ahead(request.num_tokens, 0, self.block_size, ahead)
+        running, waiting = self.get_request_counts()
+        return StepDemand(running, waiting, wanted, returning_blocks(self), self._preemptions)
+
+    def _preempt(self) -> int:
+        return preempt_last(self)
+
+    def _apply_target(self, kv: ElasticKv) -> None:
+        """The controller's bounds for this replica, as the replica process last wrote them on the board."""
+        revision = kv.row.get(ReplicaWord.TARGET_REVISION)
+        if revision == self._target_revision:
+            return
+        tokens, active = kv.row.get(ReplicaWord.TOKEN_BUDGET_MAX), kv.row.get(ReplicaWord.ACTIVE_MAX)
+        # A budget below the running decodes would starve the same requests for ever.
+        floor = self.max_num_running_reqs
+        self.max_num_scheduled_tokens = min(max(tokens, floor), self._own_token_budget) if tokens else (
+            self._own_token_budget)
+        self.max_num_active_reqs = min(active, self._own_active) if active else self._own_active
+        self._target_revision = revision
+        kv.row.set(EngineWord.TARGET_REVISION_APPLIED, revision)
+
+
+class ElasticScheduler(_Elastic):
+    """For synchronous scheduling (vLLM's default on CPU)."""
+
+
+class ElasticAsyncScheduler(_Elastic, AsyncScheduler):
+    """For asynchronous scheduling (vLLM's default on GPU)."""

@@ -1,0 +1,53 @@
+"""From an EngineSpec to vLLM's configuration, static or elastic."""
+
+from typing import Any
+
+from replicas.elastic_settings import ElasticSettings
+from replicas.spec import EngineSpec
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
+
+
+def build_engine_args(spec: EngineSpec, **overrides: Any) -> AsyncEngineArgs:
+    """vLLM's arguments for ``spec``, without anything elastic: what the ingress needs, and a static engine."""
+    settings: dict[str, Any] = {
+        "model": spec.model_path,
+        "served_model_name": [spec.model_name],
+        "dtype": spec.dtype,
+        "max_model_len": spec.max_model_len,
+        "max_num_seqs": spec.max_num_seqs,
+        "max_num_batched_tokens": spec.max_num_batched_tokens,
+        "kv_cache_memory_bytes": spec.kv_ceiling_bytes,
+        "enable_prefix_caching": True,
+    }
+    return AsyncEngineArgs(**(settings | spec.engine_args | overrides))
+
+
+def build_vllm_config(spec: EngineSpec, board_path: str = "", row: int = 0) -> VllmConfig:
+    """The resolved configuration of an engine; elastic where ``spec`` says so and a lease board is given.
+
+    Raises what vLLM raises for settings it refuses.
+    """
+    if not (spec.elastic and board_path):
+        return _resolve(build_engine_args(spec), spec)
+    settings = ElasticSettings(board_path=board_path, row=row, rest_bytes=spec.kv_rest_bytes)
+    transfer = KVTransferConfig(
+        kv_connector="ElasticKVConnector",
+        kv_connector_module_path="replicas.elastic_connector",
+        kv_role="kv_both",
+        kv_connector_extra_config=settings.to_extra_config(),
+    )
+    config = _resolve(build_engine_args(spec, kv_transfer_config=transfer), spec)
+    # Chosen after vLLM has settled on synchronous or asynchronous scheduling.
+    name = "ElasticAsyncScheduler" if config.scheduler_config.async_scheduling else "ElasticScheduler"
+    config.scheduler_config.scheduler_cls = f"replicas.elastic_scheduler.{name}"
+    return config
+
+
+def _resolve(args: AsyncEngineArgs, spec: EngineSpec) -> VllmConfig:
+    config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    if spec.async_scheduling is not None:
+        # vLLM's CPU platform turns it off whatever the argument says.
+        config.scheduler_config.async_scheduling = spec.async_scheduling
+    return config

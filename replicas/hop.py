@@ -1,0 +1,44 @@
+"""What crosses the hop between ingress and replica: token ids and their company, never text.
+
+    ingress -> replica    one EngineCoreRequest a request
+    replica -> ingress    lists of EngineCoreOutput, everything that was ready since the last list
+
+Both travel in vLLM's own msgpack form as a list of frames, so that whatever a release of vLLM puts into a request or an
+output crosses without being named here. Both sides must run the same release of vLLM.
+"""
+
+from collections.abc import Sequence
+
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+Frames = list[bytes]
+
+
+class HopCodec:
+    """Encodes and decodes both directions. Not thread-safe: one a process and event loop."""
+
+    def __init__(self) -> None:
+        self._encoder = MsgpackEncoder()
+        self._request_decoder = MsgpackDecoder(EngineCoreRequest)
+        self._outputs_decoder = MsgpackDecoder(list[EngineCoreOutput])
+
+    def encode_request(self, request: EngineCoreRequest) -> Frames:
+        return self._encode(request)
+
+    def decode_request(self, frames: Sequence[bytes]) -> EngineCoreRequest:
+        """Raises msgspec.DecodeError for frames of another release of vLLM."""
+        request: EngineCoreRequest = self._request_decoder.decode(frames)
+        return request
+
+    def encode_outputs(self, outputs: list[EngineCoreOutput]) -> Frames:
+        return self._encode(outputs)
+
+    def decode_outputs(self, frames: Sequence[bytes]) -> list[EngineCoreOutput]:
+        """Raises msgspec.DecodeError for frames of another release of vLLM."""
+        outputs: list[EngineCoreOutput] = self._outputs_decoder.decode(frames)
+        return outputs
+
+    def _encode(self, value: object) -> Frames:
+        # The encoder hands out views of live tensors beside the first frame; the transport pickles, so own the bytes.
+        return [bytes(frame) for frame in self._encoder.encode(value)]

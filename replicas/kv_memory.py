@@ -1,0 +1,93 @@
+"""A worker's KV memory: vLLM's KV tensor on a virtual range, of which only some extents have physical memory."""
+
+import ctypes
+import time
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from memory_agent.balloon import Balloon
+from memory_agent.chunks import ChunkPool
+from memory_agent.errors import MemoryError_
+from memory_agent.extents import ExtentMap, KvGeometry, choose_chunk_bytes
+from memory_agent.host_vmm import HostVmm
+from memory_agent.virtual_tensor import VirtualTensor
+from replicas.kv_moves import KvAck, KvMoves
+
+
+class KvMemory:
+    """One worker's KV tensor and the balloon under it.
+
+    Args:
+        geometry: of vLLM's one KV allocation.
+        rest_bytes: mapped from the start; at least the extent of block 0, vLLM's null block.
+
+    Raises:
+        OutOfDeviceMemory: the rest could not be mapped.
+    """
+
+    def __init__(self, geometry: KvGeometry, rest_bytes: int) -> None:
+        vmm = HostVmm("ellm-kv", geometry.size_bytes)
+        self.chunk_bytes = choose_chunk_bytes(geometry, vmm.granularity_bytes)
+        self.fd = vmm.fd
+        self._geometry = geometry
+        self._extents = ExtentMap(geometry, self.chunk_bytes)
+        # The lease bounds what is mapped, in the scheduler; the pool only has to be able to hold all of it.
+        slots = -(-geometry.size_bytes // self.chunk_bytes)
+        pool = ChunkPool(vmm, self.chunk_bytes, limit_chunks=slots)
+        self._tensor = VirtualTensor(vmm, slots * self.chunk_bytes, self.chunk_bytes)
+        self._balloon = Balloon(pool, self._tensor, self._extents)
+        self._adopted = False
+        rest = max(1, rest_bytes // self._extents.extent_bytes)
+        self._balloon.inflate_kv(range(min(rest, self._extents.count)))
+
+    @property
+    def mapped(self) -> set[int]:
+        return set(self._balloon.mapped)
+
+    def apply(self, moves: KvMoves) -> KvAck:
+        """Unmap, then map, all or nothing. Never raises for lack of memory: the answer says so."""
+        started = time.perf_counter()
+        error = None
+        self._balloon.deflate_kv([e for e in moves.unmap if e in self._balloon.mapped])
+        try:
+            self._balloon.inflate_kv(moves.map)
+        except MemoryError_ as failure:
+            error = str(failure)
+        return KvAck(moves.sequence, error, time.perf_counter() - started)
+
+    def allocation(self) -> "KvAllocation":
+        """A context in which vLLM's one KV allocation is answered with this memory."""
+        return KvAllocation(self)
+
+    def adopt(self) -> torch.Tensor:
+        """The KV tensor, int8, of the geometry's size; reads as zero where mapped."""
+        self._adopted = True
+        buffer = (ctypes.c_int8 * self._geometry.size_bytes).from_address(self._tensor.address)
+        return torch.frombuffer(buffer, dtype=torch.int8)
+
+    def require_adopted(self) -> None:
+        """Raises RuntimeError unless vLLM's KV cache lies on this memory."""
+        if not self._adopted:
+            raise RuntimeError("vLLM allocated its KV cache in another way than torch.zeros of "
+                               f"{self._geometry.size_bytes} int8: this version cannot be made elastic")
+
+    def answers(self, size: Any, dtype: Any) -> bool:
+        """Is this torch.zeros call vLLM's KV allocation?"""
+        return not self._adopted and dtype is torch.int8 and size in (
+            self._geometry.size_bytes, (self._geometry.size_bytes,), [self._geometry.size_bytes])
+
+
+class KvAllocation(TorchFunctionMode):
+    """Answers the single ``torch.zeros`` of vLLM's ``allocate_kv_cache`` and lets every other call through."""
+
+    def __init__(self, memory: KvMemory) -> None:
+        super().__init__()
+        self._memory = memory
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.zeros and args and self._memory.answers(args[0], kwargs.get("dtype")):
+            return self._memory.adopt()
+        return func(*args, **kwargs)

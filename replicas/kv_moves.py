@@ -1,0 +1,60 @@
+"""What scheduler and workers say to each other about KV memory, carried by vLLM's connector messages.
+
+    scheduler --KvMoves--> every worker      with a step: unmap these extents, then map those, before the forward
+    scheduler <--KvAcks--- every worker      with that step's output: who did what
+
+A block of a mapping extent stays parked until every rank has acknowledged it; a rank that failed aborts the move on all.
+"""
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+
+@dataclass
+class KvMoves(KVConnectorMetadata):
+    """Extents to unmap and then to map. ``sequence`` is 0 for a step that moves nothing."""
+
+    sequence: int = 0
+    unmap: list[int] = field(default_factory=list)
+    map: list[int] = field(default_factory=list)
+
+
+@dataclass
+class KvAck:
+    """One worker's answer to one KvMoves: all of ``map`` is mapped, or none of it and ``error`` says why."""
+
+    sequence: int
+    error: str | None
+    seconds: float
+
+
+@dataclass
+class KvAcks(KVConnectorWorkerMetadata):
+    """The answers of all workers to one step."""
+
+    acks: list[KvAck]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        assert isinstance(other, KvAcks)
+        return KvAcks(self.acks + other.acks)
+
+
+@dataclass
+class KvHandshake(KVConnectorHandshakeMetadata):
+    """What a worker reports once, when its KV tensor exists.
+
+    Attributes:
+        pid, memory_fd: the process, and the descriptor in it that backs the memory (for the operating system's numbers).
+        chunk_bytes: size of a physical chunk, from the backend's granularity and the model's KV geometry.
+        mapped_extents: mapped from the start.
+    """
+
+    pid: int
+    memory_fd: int
+    chunk_bytes: int
+    mapped_extents: list[int]

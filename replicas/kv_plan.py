@@ -1,0 +1,60 @@
+"""How many extents to map or unmap in a step. Pure: numbers in, numbers out."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KvState:
+    """Extents by state, and what is wanted, at the start of a step.
+
+    Attributes:
+        limit: extents the lease allows; ``committed`` may exceed it only while a shrink is under way.
+        mapped, mapping, unmapping: extents usable now; asked for; being given back.
+        wanted: extents that running and waiting requests and the reserve could use.
+        rest: extents an idle engine keeps.
+        idle: the engine has had nothing to do for long enough to give memory back.
+        batch: most extents to map in one step, so that committing memory does not hold up the running decodes.
+    """
+
+    limit: int
+    mapped: int
+    mapping: int
+    unmapping: int
+    wanted: int
+    rest: int
+    idle: bool
+    batch: int
+
+    @property
+    def committed(self) -> int:
+        return self.mapped + self.mapping + self.unmapping
+
+
+@dataclass(frozen=True)
+class KvPlan:
+    """Extents to map and to unmap; ``forced`` when the lease demands it, so that cached and even used blocks must go."""
+
+    grow: int = 0
+    shrink: int = 0
+    forced: bool = False
+
+
+def plan_moves(state: KvState) -> KvPlan:
+    """Obey the lease first, then demand, then idleness. Never plans to hold more than ``limit``."""
+    excess = state.mapped + state.mapping - state.limit
+    if excess > 0:
+        return KvPlan(shrink=excess, forced=True)
+    if state.idle and state.mapping == 0 and state.mapped > state.rest:
+        return KvPlan(shrink=state.mapped - state.rest)
+    missing = state.wanted - state.mapped - state.mapping
+    room = state.limit - state.committed
+    grow = min(missing, room, state.batch)
+    return KvPlan(grow=grow) if grow > 0 else KvPlan()
+
+
+def blocks_ahead(tokens: int, computed_tokens: int, block_tokens: int, lookahead_tokens: int) -> int:
+    """KV blocks a request needs beyond those that hold its computed tokens: its rest of prefill, or the next block of
+    its decode when that is at most ``lookahead_tokens`` away."""
+    needed = -(-(tokens + lookahead_tokens) // block_tokens)
+    held = -(-computed_tokens // block_tokens)
+    return max(0, needed - held)

@@ -1,0 +1,38 @@
+"""What one engine replica is made from. Plain frozen data: it crosses processes by pickle."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One model's engine settings, after defaults and sizes have been resolved.
+
+    Attributes:
+        model_name: the name that requests use (``model`` in the API).
+        model_path: local folder or hub id, as vLLM's ``model``.
+        dtype: as vLLM's ``dtype``.
+        max_model_len: tokens of one longest request, prompt and output.
+        max_num_seqs: ceiling on running requests; max_num_batched_tokens: ceiling on tokens a step.
+        elastic: False serves the model as plain vLLM with ``kv_ceiling_bytes`` of static KV memory.
+        kv_ceiling_bytes: bytes of the virtual KV tensor, the most this engine can ever commit.
+        kv_rest_bytes: committed KV bytes the engine shrinks to when idle.
+        kv_guarantee_bytes: KV bytes of one longest request; always obtainable.
+        weights_bytes: bytes of the loaded weights.
+        async_scheduling: None leaves it to vLLM's platform default; True forces it on.
+        engine_args: further keyword arguments of vLLM's AsyncEngineArgs, passed as they are.
+    """
+
+    model_name: str
+    model_path: str
+    max_model_len: int
+    kv_ceiling_bytes: int
+    kv_rest_bytes: int
+    kv_guarantee_bytes: int
+    weights_bytes: int
+    dtype: str = "auto"
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    elastic: bool = True
+    async_scheduling: bool | None = None
+    engine_args: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,51 @@
+"""The one place that touches vLLM's scheduler below its public surface, and the check that it still looks as expected.
+
+vLLM has no public way to preempt a running request when memory has to go back to a neighbour. ``preempt_last`` does what
+``Scheduler.reset_prefix_cache(reset_running_requests=True)`` does, for one request.
+"""
+
+import inspect
+import time
+
+import vllm
+from vllm.v1.core.sched.scheduler import Scheduler
+
+SUPPORTED_VLLM = "0.32"
+
+
+class IncompatibleVllm(RuntimeError):
+    """The installed vLLM is not the one this adapter was written for. Install the version it names."""
+
+
+def check_scheduler(scheduler: Scheduler) -> None:
+    """Raise IncompatibleVllm unless every private name used here is there, with the expected form."""
+    if not vllm.__version__.startswith(SUPPORTED_VLLM + "."):
+        raise IncompatibleVllm(f"vLLM {vllm.__version__} is installed; elastic KV memory needs vllm {SUPPORTED_VLLM}.*")
+    parameters = list(inspect.signature(Scheduler._preempt_request).parameters)
+    if parameters != ["self", "request", "timestamp", "drop_stale_output"]:
+        raise IncompatibleVllm(f"Scheduler._preempt_request has parameters {parameters}")
+    for name in ("running", "waiting", "deferred_frees", "prev_step_scheduled_req_ids", "max_num_active_reqs",
+                 "max_num_scheduled_tokens"):
+        if not hasattr(scheduler, name):
+            raise IncompatibleVllm(f"Scheduler has no attribute {name!r}")
+
+
+def preempt_last(scheduler: Scheduler) -> int:
+    """Preempt the running request that was admitted last; it waits at the head of the queue and loses no token.
+
+    Returns:
+        Blocks that become free only when the steps in flight have finished; -1 when nothing is running.
+    """
+    if not scheduler.running:
+        return -1
+    before = returning_blocks(scheduler)
+    request = scheduler.running.pop()
+    scheduler._preempt_request(request, time.monotonic())
+    # It may be scheduled again at once: the model runner must then see it as resumed, not as continued.
+    scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+    return returning_blocks(scheduler) - before
+
+
+def returning_blocks(scheduler: Scheduler) -> int:
+    """Blocks whose release waits for steps in flight (async scheduling, pipeline parallelism)."""
+    return sum(len(blocks) for _, blocks in scheduler.deferred_frees)

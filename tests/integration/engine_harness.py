@@ -1,0 +1,74 @@
+"""One vLLM engine in this process, elastic or static, driven without Ray: what the exactness and overhead measurements use."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from memory_agent.lease_board import LIMIT_UNIT_BYTES, AgentWord, EngineWord, Lease, LeaseBoard, Row, RowState
+from replicas.engine_config import build_vllm_config
+from replicas.spec import EngineSpec
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+
+
+@dataclass
+class Engine:
+    """A running engine. ``row`` is its row of a board that the test writes in the agent's place; None for a static one."""
+
+    llm: AsyncLLM
+    row: Row | None
+
+    def set_limit(self, limit_bytes: int) -> None:
+        """Play the agent: a new lease with the next revision."""
+        assert self.row is not None
+        lease = Lease(limit_bytes // LIMIT_UNIT_BYTES * LIMIT_UNIT_BYTES, self.row.lease.revision + 1)
+        self.row.set(AgentWord.TARGET_BYTES, lease.limit_bytes)
+        self.row.set(AgentWord.LEASE, lease.pack())
+
+    def word(self, word: EngineWord) -> int:
+        assert self.row is not None
+        return self.row.get(word)
+
+    def held_bytes_os(self) -> int:
+        """KV bytes held, from the operating system."""
+        assert self.row is not None
+        return sum(os.stat(f"/proc/{pid}/fd/{fd}").st_blocks * 512 for pid, fd in self.row.workers)
+
+    async def wake(self) -> None:
+        """What the replica does when the board has news for an idle engine."""
+        await self.llm.engine_core.call_utility_async("is_scheduler_paused")
+
+    async def generate(self, prompt: Sequence[int], tokens: int, request_id: str) -> list[int]:
+        """Greedy token ids, exactly ``tokens`` of them."""
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True,
+                                output_kind=RequestOutputKind.FINAL_ONLY)
+        out: list[int] = []
+        async for output in self.llm.generate({"prompt_token_ids": list(prompt)}, params, request_id):
+            out = list(output.outputs[0].token_ids)
+        return out
+
+    async def generate_all(self, prompts: Sequence[Sequence[int]], tokens: int, name: str) -> list[list[int]]:
+        return await asyncio.gather(*(self.generate(p, tokens, f"{name}-{i}") for i, p in enumerate(prompts)))
+
+
+@asynccontextmanager
+async def engine(spec: EngineSpec, board: Path | None, limit_bytes: int = 0) -> AsyncIterator[Engine]:
+    """Start an engine; with ``board`` (a path for a new lease board) and ``spec.elastic`` an elastic one."""
+    row = None
+    if board is not None:
+        lease_board = LeaseBoard.create(board, spec.kv_ceiling_bytes)
+        row = lease_board.row(0)
+        row.name("engine", spec.model_name)
+        row.set(AgentWord.LEASE, Lease(limit_bytes or spec.kv_ceiling_bytes, 1).pack())
+        row.set(AgentWord.STATE, RowState.STARTING)
+    config = build_vllm_config(spec, str(board) if board else "", 0)
+    llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    try:
+        yield Engine(llm, row if spec.elastic else None)
+    finally:
+        llm.shutdown()
+        if board is not None:
+            board.unlink(missing_ok=True)

@@ -1,0 +1,208 @@
+"""The scheduler's side of elastic KV memory, against a real vLLM block pool and simulated workers."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+from memory_agent.extents import KvGeometry, KvRegion
+from memory_agent.lease_board import LIMIT_UNIT_BYTES, AgentWord, EngineWord, Lease, LeaseBoard
+from replicas.elastic_kv import ElasticKv, StepDemand
+from replicas.elastic_settings import ElasticSettings
+from replicas.kv_moves import KvAck, KvHandshake, KvMoves
+from replicas.kv_parking import ExtentState
+
+BLOCKS = 24
+PAGE = LIMIT_UNIT_BYTES
+
+
+class World:
+    """One engine's scheduler side, with a clock, a board, a block pool and workers that the test plays."""
+
+    def __init__(self, board: Path, ranks: int = 1, blocks_per_extent: int = 1) -> None:
+        self.now = 100.0
+        self.board = LeaseBoard.create(board, BLOCKS * PAGE)
+        self.ranks = ranks
+        self.pool = BlockPool(BLOCKS, enable_caching=False, hash_block_size=16)
+        geometry = KvGeometry(BLOCKS * PAGE, BLOCKS, (KvRegion(0, 1, BLOCKS * PAGE, PAGE, PAGE),))
+        chunk = PAGE * blocks_per_extent
+        self.extent_bytes = chunk * ranks
+        self.set_limit_extents(2)
+        handshake = KvHandshake(pid=1, memory_fd=3, chunk_bytes=chunk, mapped_extents=[0])
+        self.kv = ElasticKv(ElasticSettings(str(board), 0, rest_bytes=chunk), geometry, 16, self.pool,
+                            [handshake] * ranks, clock=lambda: self.now)
+        self.in_flight: list[KvMoves] = []
+        self.requests: list[list[KVCacheBlock]] = []
+
+    def set_limit_extents(self, extents: int) -> None:
+        row = self.board.row(0)
+        row.set(AgentWord.LEASE, Lease(extents * self.extent_bytes, row.lease.revision + 1).pack())
+
+    def step(self, wanted: int = 0) -> KvMoves:
+        running = len(self.requests)
+        self.kv.begin_step(StepDemand(running, 0, wanted, 0, 0), self.preempt)
+        moves = self.kv.take_moves()
+        if moves.sequence:
+            self.in_flight.append(moves)
+        return moves
+
+    def preempt(self) -> int:
+        if not self.requests:
+            return -1
+        self.pool.free_blocks(self.requests.pop())
+        return 0
+
+    def answer(self, error: str | None = None) -> None:
+        """Every rank answers every move in flight; with ``error`` the last rank fails."""
+        for moves in self.in_flight:
+            acks = [KvAck(moves.sequence, None, 0.001) for _ in range(self.ranks - 1)]
+            failed = error if moves.map else None
+            self.kv.on_acks([*acks, KvAck(moves.sequence, failed, 0.001)])
+        self.in_flight.clear()
+
+    def settle(self, wanted: int = 0) -> None:
+        for _ in range(BLOCKS):
+            self.step(wanted)
+            self.answer()
+
+    @property
+    def committed(self) -> int:
+        return self.board.row(0).get(EngineWord.COMMITTED_BYTES) // self.extent_bytes
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    yield World(tmp_path / "board")
+
+
+def test_only_the_rest_is_usable_at_the_start(world: World) -> None:
+    """Every other block is parked, and the board shows the engine."""
+    assert world.pool.get_num_free_blocks() == 0  # the one mapped block is the null block
+    assert world.committed == 1
+    assert world.board.row(0).get(EngineWord.BLOCKS_CEILING) == BLOCKS
+    world.kv.parking.check_conservation()
+
+
+def test_a_block_is_usable_only_after_every_rank_has_mapped_it(tmp_path: Path) -> None:
+    """With two ranks the first acknowledgement changes nothing."""
+    world = World(tmp_path / "board", ranks=2)
+    world.set_limit_extents(10)
+    moves = world.step(wanted=3)
+    assert moves.map
+    world.kv.on_acks([KvAck(moves.sequence, None, 0.0)])
+    assert world.pool.get_num_free_blocks() == 0
+    world.kv.on_acks([KvAck(moves.sequence, None, 0.0)])
+    assert world.pool.get_num_free_blocks() == len(moves.map)
+
+
+def test_a_rank_that_fails_aborts_the_move_on_all(tmp_path: Path) -> None:
+    """The extents are unmapped again everywhere, and asked for later, not at once."""
+    world = World(tmp_path / "board", ranks=2)
+    world.set_limit_extents(10)
+    asked = world.step(wanted=3).map
+    world.answer(error="no memory")
+    undo = world.step(wanted=3)
+    assert sorted(undo.unmap) == sorted(asked)
+    assert undo.map == []
+    world.answer()
+    assert world.committed == 1
+    world.now += 1.0
+    assert world.step(wanted=3).map
+
+
+def test_a_smaller_lease_takes_free_extents_before_it_preempts(world: World) -> None:
+    """Requests keep running as long as free memory satisfies the lease."""
+    world.set_limit_extents(12)
+    world.settle(wanted=10)
+    world.requests = [world.pool.get_new_blocks(3)]
+    world.set_limit_extents(4)
+    world.settle()
+    assert len(world.requests) == 1
+    assert world.committed == 4
+
+
+def test_a_lease_below_the_used_blocks_preempts(world: World) -> None:
+    """When free memory does not suffice, the last request goes first."""
+    world.set_limit_extents(12)
+    world.settle(wanted=10)
+    world.requests = [world.pool.get_new_blocks(3), world.pool.get_new_blocks(4)]
+    world.set_limit_extents(4)
+    world.settle()
+    assert len(world.requests) == 1
+    assert world.committed <= 4
+
+
+def test_an_idle_engine_has_work_until_it_is_at_rest(world: World) -> None:
+    """Nothing to do while its lease is read and its memory at rest; something while it holds more for too long."""
+    world.set_limit_extents(12)
+    world.settle(wanted=10)
+    assert not world.kv.has_work()
+    world.now += 10.0
+    assert world.kv.has_work()
+    world.step()
+    assert world.kv.has_work()
+    world.answer()
+    assert world.committed == 1
+    assert not world.kv.has_work()
+
+
+def test_waiting_helps_only_while_memory_is_on_its_way(world: World) -> None:
+    """With room under the lease, or a lease that the agent is raising, a request waits; otherwise it preempts."""
+    world.set_limit_extents(3)
+    world.settle(wanted=2)
+    world.requests = [world.pool.get_new_blocks(2)]
+    row = world.board.row(0)
+    world.step(wanted=1)
+    assert world.kv.waiting_helps()  # the agent has not had time to notice
+    world.now += 0.3
+    assert not world.kv.waiting_helps()
+    row.set(AgentWord.TARGET_BYTES, 8 * world.extent_bytes)
+    assert world.kv.waiting_helps()
+    world.now += 2.0
+    assert not world.kv.waiting_helps()
+    world.set_limit_extents(8)
+    world.step(wanted=0)
+    assert world.kv.waiting_helps()
+    assert world.kv.take_moves().map
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 3), st.integers(1, 3), st.data())
+def test_memory_is_conserved_and_the_lease_obeyed(ranks: int, run: int, data: st.DataObject) -> None:
+    """Along any sequence of leases, demands, allocations, failures and delays: no block in the free queue without memory,
+    and after the moves have settled no more committed than the lease."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder) / "board", ranks, run)
+        for _ in range(data.draw(st.integers(1, 25))):
+            action = data.draw(st.sampled_from(["lease", "allocate", "free", "step", "answer", "fail", "sleep"]))
+            if action == "lease":
+                world.set_limit_extents(data.draw(st.integers(1, 1 + BLOCKS // run)))
+            elif action == "allocate":
+                count = min(data.draw(st.integers(1, 6)), world.pool.get_num_free_blocks())
+                if count:
+                    world.requests.append(world.pool.get_new_blocks(count))
+            elif action == "free":
+                world.preempt()
+            elif action == "step":
+                limit = max(world.board.row(0).lease.limit_bytes // world.extent_bytes, 0)
+                before = world.committed
+                world.step(data.draw(st.integers(0, 30)))
+                assert world.committed <= max(limit, before)
+            elif action == "sleep":
+                world.now += data.draw(st.floats(0.01, 5.0))
+            else:
+                world.answer("no memory" if action == "fail" else None)
+            world.kv.parking.check_conservation()
+        world.answer()
+        world.now += 1.0
+        world.settle()
+        world.kv.parking.check_conservation()
+        assert world.kv.parking.count(ExtentState.MAPPING) == world.kv.parking.count(ExtentState.UNMAPPING) == 0
+        limit = world.board.row(0).lease.limit_bytes // world.extent_bytes
+        assert world.committed <= max(limit, 1)
