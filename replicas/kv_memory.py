@@ -15,6 +15,8 @@ from memory_agent.host_vmm import HostVmm
 from memory_agent.virtual_tensor import VirtualTensor
 from replicas.kv_moves import KvAck, KvMoves
 
+_LARGEST_CHUNK_BYTES = 4 << 20
+
 
 class KvMemory:
     """One worker's KV tensor and the balloon under it.
@@ -28,8 +30,10 @@ class KvMemory:
     """
 
     def __init__(self, geometry: KvGeometry, rest_bytes: int) -> None:
-        vmm = HostVmm("ellm-kv", geometry.size_bytes)
-        self.chunk_bytes = choose_chunk_bytes(geometry, vmm.granularity_bytes)
+        # Room for the last slot, rounded up to a chunk; only committed bytes count.
+        vmm = HostVmm("ellm-kv", geometry.size_bytes + _LARGEST_CHUNK_BYTES)
+        fewest = -(-geometry.size_bytes // vmm.max_mappings)
+        self.chunk_bytes = choose_chunk_bytes(geometry, vmm.granularity_bytes, _LARGEST_CHUNK_BYTES, floor_bytes=fewest)
         self.fd = vmm.fd
         self._geometry = geometry
         self._extents = ExtentMap(geometry, self.chunk_bytes)
@@ -50,8 +54,8 @@ class KvMemory:
         """Unmap, then map, all or nothing. Never raises for lack of memory: the answer says so."""
         started = time.perf_counter()
         error = None
-        self._balloon.deflate_kv([e for e in moves.unmap if e in self._balloon.mapped])
         try:
+            self._balloon.deflate_kv(moves.unmap)
             self._balloon.inflate_kv(moves.map)
         except MemoryError_ as failure:
             error = str(failure)

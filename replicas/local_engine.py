@@ -1,4 +1,4 @@
-"""One vLLM engine in this process, elastic or static, driven without Ray: what the exactness and overhead measurements use."""
+"""One vLLM engine driven from this process, elastic or static, without Ray: for exactness tests and benchmarks."""
 
 import asyncio
 import os
@@ -7,19 +7,26 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from memory_agent.lease_board import LIMIT_UNIT_BYTES, AgentWord, EngineWord, Lease, LeaseBoard, Row, RowState
-from replicas.engine_config import build_vllm_config
-from replicas.spec import EngineSpec
+import psutil
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from memory_agent.lease_board import LIMIT_UNIT_BYTES, AgentWord, EngineWord, Lease, LeaseBoard, Row, RowState
+from replicas.engine_config import build_vllm_config
+from replicas.spec import EngineSpec
+
 
 @dataclass
-class Engine:
-    """A running engine. ``row`` is its row of a board that the test writes in the agent's place; None for a static one."""
+class LocalEngine:
+    """A running engine. ``row`` is its row of a board that the caller writes in the agent's place; None for a static one."""
 
     llm: AsyncLLM
     row: Row | None
+    core_pid: int
+
+    def core_process(self) -> psutil.Process:
+        """vLLM's EngineCore process; its children are the workers."""
+        return psutil.Process(self.core_pid)
 
     def set_limit(self, limit_bytes: int) -> None:
         """Play the agent: a new lease with the next revision."""
@@ -55,7 +62,7 @@ class Engine:
 
 
 @asynccontextmanager
-async def engine(spec: EngineSpec, board: Path | None, limit_bytes: int = 0) -> AsyncIterator[Engine]:
+async def local_engine(spec: EngineSpec, board: Path | None, limit_bytes: int = 0) -> AsyncIterator[LocalEngine]:
     """Start an engine; with ``board`` (a path for a new lease board) and ``spec.elastic`` an elastic one."""
     row = None
     if board is not None:
@@ -65,9 +72,11 @@ async def engine(spec: EngineSpec, board: Path | None, limit_bytes: int = 0) -> 
         row.set(AgentWord.LEASE, Lease(limit_bytes or spec.kv_ceiling_bytes, 1).pack())
         row.set(AgentWord.STATE, RowState.STARTING)
     config = build_vllm_config(spec, str(board) if board else "", 0)
+    before = {child.pid for child in psutil.Process().children()}
     llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    started = [child for child in psutil.Process().children() if child.pid not in before and child.children()]
     try:
-        yield Engine(llm, row if spec.elastic else None)
+        yield LocalEngine(llm, row if spec.elastic else None, started[0].pid)
     finally:
         llm.shutdown()
         if board is not None:

@@ -1,0 +1,144 @@
+"""A real vLLM engine with elastic KV memory: exact tokens, real bytes, quiet when idle. float32, greedy."""
+
+import asyncio
+import dataclasses
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.default_model import get_default_model
+from memory_agent.lease_board import EngineWord
+from replicas.local_engine import LocalEngine, local_engine
+from replicas.spec import EngineSpec
+
+BLOCK_BYTES = 30 * 2 * 3 * 64 * 4 * 128  # layers x (K, V) x KV heads x head size x float32 x tokens a block
+REST_BLOCKS, GUARANTEE_BLOCKS, CEILING_BLOCKS = 4, 18, 80
+TOKENS = 60
+
+
+def spec(elastic: bool, async_scheduling: bool | None = None) -> EngineSpec:
+    return EngineSpec(
+        model_name="smollm2", model_path=str(get_default_model(lambda line: None)), max_model_len=2048, dtype="float32",
+        kv_ceiling_bytes=CEILING_BLOCKS * BLOCK_BYTES, kv_rest_bytes=REST_BLOCKS * BLOCK_BYTES,
+        kv_guarantee_bytes=GUARANTEE_BLOCKS * BLOCK_BYTES, weights_bytes=538 << 20, max_num_seqs=16,
+        max_num_batched_tokens=1024, elastic=elastic, async_scheduling=async_scheduling,
+        engine_args={"enforce_eager": True},
+    )
+
+
+def prompts() -> list[list[int]]:
+    """Eight prompts of 100 to 500 tokens, pairs of which share their first 256, so that the prefix cache is hit."""
+    rng = random.Random(7)
+    shared = [rng.randrange(1000, 40000) for _ in range(256)]
+    return [(shared if i % 2 else []) + [rng.randrange(1000, 40000) for _ in range(rng.randrange(100, 250))]
+            for i in range(8)]
+
+
+@asynccontextmanager
+async def swinging_limit(e: LocalEngine) -> AsyncIterator[None]:
+    """Swing the lease between one request's worth and the ceiling, several times a second."""
+    rng = random.Random(3)
+
+    async def swing() -> None:
+        while True:
+            e.set_limit(rng.choice([GUARANTEE_BLOCKS, 24, 40, CEILING_BLOCKS]) * BLOCK_BYTES)
+            await asyncio.sleep(0.15)
+
+    task = asyncio.create_task(swing())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+async def settle(e: LocalEngine, done: Callable[[], bool], seconds: float) -> bool:
+    """Wake the idle engine as its replica would, until ``done`` or the deadline."""
+    deadline = time.monotonic() + seconds
+    while not done() and time.monotonic() < deadline:
+        await e.wake()
+        await asyncio.sleep(0.05)
+    return done()
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[list[int]]:
+    """The tokens of plain vLLM."""
+
+    async def run() -> list[list[int]]:
+        async with local_engine(spec(elastic=False), None) as e:
+            return await e.generate_all(prompts(), TOKENS, "reference")
+
+    return asyncio.run(run())
+
+
+def test_tokens_and_bytes_of_an_elastic_engine(reference: list[list[int]], tmp_path: Path) -> None:
+    """Under a swinging lease the tokens are those of plain vLLM; memory follows the lease, by the operating system's
+    numbers, also when the engine is idle, and an idle engine rests."""
+
+    async def run() -> None:
+        async with local_engine(spec(elastic=True), tmp_path / "board") as e:
+            assert e.held_bytes_os() == e.word(EngineWord.COMMITTED_BYTES) == REST_BLOCKS * BLOCK_BYTES
+            assert e.word(EngineWord.BLOCKS_CEILING) >= 4 * REST_BLOCKS
+
+            async with swinging_limit(e):
+                assert await e.generate_all(prompts(), TOKENS, "swing") == reference
+            assert e.word(EngineWord.PREEMPTIONS) > 0
+            assert e.word(EngineWord.DEFLATE_COUNT) > 2
+            assert e.word(EngineWord.MAP_FAILURES) == 0
+
+            await the_limit_is_obeyed_by_an_idle_engine(e)
+            await growth_takes_few_steps(e)
+            await rest_is_quiet(e)
+
+    asyncio.run(run())
+
+
+async def the_limit_is_obeyed_by_an_idle_engine(e: LocalEngine) -> None:
+    e.set_limit(CEILING_BLOCKS * BLOCK_BYTES)
+    await e.generate_all(prompts(), 2, "fill")
+    assert e.held_bytes_os() > 10 * BLOCK_BYTES
+    e.set_limit(6 * BLOCK_BYTES)
+    assert await settle(e, lambda: e.held_bytes_os() <= 6 * BLOCK_BYTES, seconds=5)
+    assert e.held_bytes_os() == e.word(EngineWord.COMMITTED_BYTES)
+
+
+async def growth_takes_few_steps(e: LocalEngine) -> None:
+    """A long prompt that does not fit is admitted after a handful of steps, once the lease allows it."""
+    e.set_limit(GUARANTEE_BLOCKS * BLOCK_BYTES)
+    before = e.word(EngineWord.STEPS)
+    prompt = [random.Random(1).randrange(1000, 40000) for _ in range(1000)]
+    assert len(await e.generate(prompt, 1, "long")) == 1
+    assert e.word(EngineWord.STEPS) - before < 10
+
+
+async def rest_is_quiet(e: LocalEngine) -> None:
+    """Idle for long enough, the engine gives back all but its rest, and then takes under 1 % of a core."""
+    assert await settle(e, lambda: e.held_bytes_os() <= REST_BLOCKS * BLOCK_BYTES, seconds=10)
+    await asyncio.sleep(1.5)  # vLLM's worker polls for a second after each step before it sleeps
+    processes = [psutil.Process(e.word(EngineWord.PID)), psutil.Process(e.row.workers[0][0] if e.row else 0)]
+    steps = e.word(EngineWord.STEPS)
+
+    def cpu_seconds() -> float:
+        return sum(sum(p.cpu_times()[:2]) for p in processes)
+
+    before, started = cpu_seconds(), time.monotonic()
+    await asyncio.sleep(3)
+    assert (cpu_seconds() - before) / (time.monotonic() - started) < 0.01
+    assert e.word(EngineWord.STEPS) == steps
+
+
+def test_tokens_with_async_scheduling(reference: list[list[int]], tmp_path: Path) -> None:
+    """Also with asynchronous scheduling, where freed blocks may still be written by a step in flight."""
+
+    async def run() -> None:
+        forced = dataclasses.replace(spec(elastic=True), async_scheduling=True)
+        async with local_engine(forced, tmp_path / "board") as e, swinging_limit(e):
+            assert await e.generate_all(prompts(), TOKENS, "async") == reference
+            assert e.word(EngineWord.PREEMPTIONS) > 0
+
+    asyncio.run(run())
