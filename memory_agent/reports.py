@@ -1,6 +1,6 @@
 """What the agent tells the controller. Plain frozen data: they cross processes by pickle and are shown as JSON."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -65,7 +65,7 @@ class DeviceReport:
     """One device at one moment.
 
     Attributes:
-        taken_at_s: wall-clock time of the sample, for people; sequence: grows by one with each report of one agent life.
+        taken_at_s: wall-clock time of the sample, for people; sequence: grows by one with each report of an agent life.
         agent_epoch_ns: start time of this agent life; (agent_epoch_ns, sequence) orders reports of a device.
         budget_bytes: KV bytes the engines of this device share.
     """
@@ -84,6 +84,10 @@ class DeviceReport:
     @property
     def held_bytes_os(self) -> int:
         return sum(engine.held_bytes_os for engine in self.engines)
+
+    def same_numbers(self, other: "DeviceReport") -> bool:
+        """Whether only the time of the sample tells the two apart."""
+        return replace(self, sequence=other.sequence, taken_at_s=other.taken_at_s) == other
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready; enums by name."""

@@ -1,0 +1,83 @@
+"""Makes the report of one device: the board's words beside what the operating system says."""
+
+from memory_agent.lease_board import AgentWord, EngineWord, LeaseBoard, ReplicaWord
+from memory_agent.lease_keeper import LeaseKeeper
+from memory_agent.processes import file_bytes, resident_bytes
+from memory_agent.reports import DeviceReport, EngineReport
+from memory_agent.tenant import Tenant
+
+
+class DeviceReporter:
+    """Numbers the reports of one agent life.
+
+    node: Ray's node id; epoch_ns: start of this life, so that (epoch_ns, sequence) orders reports across lives.
+    """
+
+    def __init__(self, node: str, device: str, pid: int, epoch_ns: int) -> None:
+        self._node = node
+        self._device = device
+        self._pid = pid
+        self._epoch_ns = epoch_ns
+        self._sequence = 0
+
+    def sample(self, keeper: LeaseKeeper, wall_s: float) -> DeviceReport:
+        """One report. Asks the kernel twice or more for each engine: for reports, not for every tick."""
+        self._sequence += 1
+        board: LeaseBoard = keeper.board
+        return DeviceReport(
+            node=self._node,
+            device=self._device,
+            agent_pid=self._pid,
+            agent_epoch_ns=self._epoch_ns,
+            sequence=self._sequence,
+            taken_at_s=wall_s,
+            budget_bytes=board.budget_bytes,
+            pressure=keeper.pressure.level,
+            engines=tuple(sample_engine(tenant) for tenant in keeper.tenants),
+            dead_engines=board.dead_engines,
+        )
+
+
+def sample_engine(tenant: Tenant) -> EngineReport:
+    """One engine as its row and the operating system show it now."""
+    row = tenant.row
+    lease = row.lease
+    workers = row.workers
+    block_bytes = row.get(EngineWord.BLOCK_BYTES)
+    blocks_ceiling = row.get(EngineWord.BLOCKS_CEILING)
+    reachable_blocks = min(lease.limit_bytes // block_bytes, blocks_ceiling) if block_bytes else 0
+    reachable_bytes = reachable_blocks * block_bytes
+    used_bytes = row.get(EngineWord.USED_BYTES)
+    pid = row.get(EngineWord.PID)
+    return EngineReport(
+        engine_id=tenant.engine_id,
+        model=tenant.model,
+        pid=pid,
+        state=tenant.state.name,
+        limit_bytes=lease.limit_bytes,
+        lease_revision=lease.revision,
+        applied_revision=row.get(EngineWord.APPLIED_REVISION),
+        guarantee_bytes=tenant.guarantee_bytes,
+        ceiling_bytes=row.get(AgentWord.CEILING_BYTES),
+        weights_bytes=row.get(AgentWord.WEIGHTS_BYTES),
+        held_bytes_os=sum(file_bytes(worker, fd) for worker, fd in workers),
+        committed_bytes=row.get(EngineWord.COMMITTED_BYTES),
+        used_bytes=used_bytes,
+        demand_bytes=row.get(EngineWord.DEMAND_BYTES),
+        rss_bytes=sum(resident_bytes(one) for one in {pid, *(worker for worker, _ in workers)} if one),
+        running=row.get(EngineWord.RUNNING),
+        waiting=row.get(EngineWord.WAITING),
+        preemptions=row.get(EngineWord.PREEMPTIONS),
+        inflate_count=row.get(EngineWord.INFLATE_COUNT),
+        inflate_bytes=row.get(EngineWord.INFLATE_BYTES),
+        deflate_count=row.get(EngineWord.DEFLATE_COUNT),
+        deflate_bytes=row.get(EngineWord.DEFLATE_BYTES),
+        map_failures=row.get(EngineWord.MAP_FAILURES),
+        blocks_mapped=row.get(EngineWord.BLOCKS_MAPPED),
+        reachable_blocks=reachable_blocks,
+        blocks_ceiling=blocks_ceiling,
+        block_tokens=row.get(EngineWord.BLOCK_TOKENS),
+        kv_usage=min(1.0, used_bytes / reachable_bytes) if reachable_bytes else 0.0,
+        target_revision=row.get(ReplicaWord.TARGET_REVISION),
+        pressure=tenant.pressure.level,
+    )

@@ -1,0 +1,186 @@
+"""One engine on one device, as its board row describes it: what it asked for, claims, holds and is issued."""
+
+import logging
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+
+from memory_agent.demand import DemandPeak
+from memory_agent.errors import SettingsError
+from memory_agent.lease_board import MAX_NAME_BYTES, MAX_WORKERS, AgentWord, EngineWord, Lease, Row, RowState
+from memory_agent.lease_planner import LeaseClaim, LeaseDecision
+from memory_agent.pressure import Pressure, usage_ratio
+
+_FOLLOWED = (
+    AgentWord.STATE,
+    AgentWord.LEASE,
+    EngineWord.PID,
+    EngineWord.WORKER_COUNT,
+    EngineWord.APPLIED_REVISION,
+    EngineWord.COMMITTED_BYTES,
+    EngineWord.USED_BYTES,
+    EngineWord.DEMAND_BYTES,
+)
+"""Words of a row whose change may change a plan or a pressure level."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineTerms:
+    """What an engine asks for when it registers. Sizes are KV bytes but for weights_bytes.
+
+    registrar_pid: the process that starts the engine; weight: its part of contended and of lent bytes, against others'.
+    Raises SettingsError on construction where a value cannot work on any device.
+    """
+
+    engine_id: str
+    model: str
+    guarantee_bytes: int
+    ceiling_bytes: int
+    weights_bytes: int
+    registrar_pid: int
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.guarantee_bytes <= self.ceiling_bytes:
+            raise SettingsError(
+                f"engine {self.engine_id}: the guarantee is {self.guarantee_bytes} bytes, the ceiling "
+                f"{self.ceiling_bytes}; 0 < guarantee <= ceiling is needed"
+            )
+        if self.weights_bytes < 0 or not 0.001 <= self.weight <= 1e6:
+            raise SettingsError(
+                f"engine {self.engine_id}: weights_bytes is {self.weights_bytes} and weight {self.weight}; "
+                "weights_bytes of 0 or more and a weight from 0.001 to 1e6 fit"
+            )
+        for text in (self.engine_id, self.model):
+            if not 0 < len(text.encode()) <= MAX_NAME_BYTES:
+                raise SettingsError(f"name {text!r} has {len(text.encode())} bytes; 1 to {MAX_NAME_BYTES} fit")
+
+
+class Role(IntEnum):
+    """The processes of an engine. Worker i has role WORKER_0 + i, up to MAX_WORKERS."""
+
+    REGISTRAR = 0
+    ENGINE = 1
+    WORKER_0 = 2
+
+
+def process_words(role: int) -> tuple[int, int]:
+    """(word of the process id, word of its start time) of a role."""
+    if role == Role.REGISTRAR:
+        return AgentWord.REGISTRAR_PID, AgentWord.REGISTRAR_START
+    if role == Role.ENGINE:
+        return EngineWord.PID, AgentWord.ENGINE_START
+    return EngineWord.WORKER_PID_0 + role - Role.WORKER_0, AgentWord.WORKER_START_0 + role - Role.WORKER_0
+
+
+@dataclass
+class Tenant:
+    """A row in use, with what smooths it.
+
+    alive: roles of its processes that still run; watched: roles that have been on the board and are watched or gone.
+    """
+
+    row: Row
+    engine_id: str
+    model: str
+    demand: DemandPeak = field(default_factory=DemandPeak)
+    pressure: Pressure = field(default_factory=Pressure)
+    alive: set[int] = field(default_factory=set)
+    watched: set[int] = field(default_factory=set)
+
+    @classmethod
+    def begin(cls, row: Row, terms: EngineTerms) -> "Tenant":
+        """Fill a cleared row; it leaves FREE by ``start``."""
+        row.name(terms.engine_id, terms.model)
+        row.set(AgentWord.REGISTRAR_PID, terms.registrar_pid)
+        row.set(AgentWord.GUARANTEE_BYTES, terms.guarantee_bytes)
+        row.set(AgentWord.CEILING_BYTES, terms.ceiling_bytes)
+        row.set(AgentWord.WEIGHTS_BYTES, terms.weights_bytes)
+        row.set(AgentWord.WEIGHT_MILLI, round(terms.weight * 1000))
+        # Revision 1, because an engine's word reads 0 before it has acknowledged anything.
+        row.set(AgentWord.LEASE, Lease(limit_bytes=0, revision=1).pack())
+        return cls(row, terms.engine_id, terms.model)
+
+    @property
+    def state(self) -> RowState:
+        return self.row.state
+
+    def enter(self, state: RowState) -> None:
+        self.row.set(AgentWord.STATE, state)
+
+    @property
+    def stays(self) -> bool:
+        """Has a guarantee: it is neither gone nor on its way out."""
+        return self.state in (RowState.STARTING, RowState.LIVE)
+
+    @property
+    def guarantee_bytes(self) -> int:
+        return self.row.get(AgentWord.GUARANTEE_BYTES)
+
+    @property
+    def held_bytes(self) -> int:
+        """The most the engine may hold at this moment."""
+        row = self.row
+        return max(row.lease.limit_bytes, row.get(AgentWord.EXPOSURE_BYTES), row.get(EngineWord.COMMITTED_BYTES))
+
+    @property
+    def wanted_bytes(self) -> int:
+        """What requests reference or could use now."""
+        return max(self.row.get(EngineWord.USED_BYTES), self.demand.demand_bytes)
+
+    def roles(self) -> list[int]:
+        """Roles whose process ids are on the board."""
+        if not self.row.get(EngineWord.PID):
+            return [Role.REGISTRAR]
+        workers = min(self.row.get(EngineWord.WORKER_COUNT), MAX_WORKERS)
+        return [Role.REGISTRAR, Role.ENGINE, *range(Role.WORKER_0, Role.WORKER_0 + workers)]
+
+    def sample(self, now_s: float) -> list[int]:
+        """Take a sample of the demand, and return all words that planning and pressure follow. now_s: monotonic."""
+        self.demand = self.demand.observed(self.row.get(EngineWord.DEMAND_BYTES), now_s)
+        return [self.row.get(word) for word in _FOLLOWED]
+
+    def press(self) -> None:
+        """Take a sample of the pressure: wanted bytes against the limit. A row that is not LIVE has none."""
+        live = self.state is RowState.LIVE
+        ratio = usage_ratio(self.wanted_bytes, self.row.lease.limit_bytes) if live else 0.0
+        self.pressure = self.pressure.sampled(ratio)
+
+    def claim(self) -> LeaseClaim:
+        """The engine's claim by the board, its acknowledgement taken into account.
+
+        A row that is STARTING claims its guarantee and no more: an engine that reads no lease yet could not give a lent
+        byte back.
+        """
+        row = self.row
+        # This word first: the engine stores its count before its acknowledgement, see EngineWord.APPLIED_REVISION.
+        applied = row.get(EngineWord.APPLIED_REVISION)
+        lease = row.lease
+        if applied == lease.revision and row.get(AgentWord.EXPOSURE_BYTES) != lease.limit_bytes:
+            row.set(AgentWord.EXPOSURE_BYTES, lease.limit_bytes)
+        claim = LeaseClaim(
+            engine_id=self.engine_id,
+            guarantee_bytes=self.guarantee_bytes,
+            ceiling_bytes=row.get(AgentWord.CEILING_BYTES),
+            committed_bytes=row.get(EngineWord.COMMITTED_BYTES),
+            exposure_bytes=row.get(AgentWord.EXPOSURE_BYTES),
+            demand_bytes=self.demand.demand_bytes,
+            limit_bytes=lease.limit_bytes,
+            weight_milli=row.get(AgentWord.WEIGHT_MILLI),
+        )
+        if self.state is RowState.STARTING:
+            return replace(claim, ceiling_bytes=self.guarantee_bytes, demand_bytes=self.guarantee_bytes)
+        return claim
+
+    def issue(self, decision: LeaseDecision) -> None:
+        """Publish a decision; one that changes nothing leaves the revision alone."""
+        row, old = self.row, self.row.lease
+        row.set(AgentWord.TARGET_BYTES, decision.goal_bytes)
+        if decision.limit_bytes == old.limit_bytes:
+            return
+        # The exposure goes first: should this process die in between, it errs on the safe side.
+        row.set(AgentWord.EXPOSURE_BYTES, max(row.get(AgentWord.EXPOSURE_BYTES), decision.limit_bytes))
+        row.set(AgentWord.LEASE, Lease(decision.limit_bytes, old.revision + 1).pack())
+        change = f"{old.limit_bytes} -> {decision.limit_bytes} bytes, revision {old.revision + 1}"
+        logger.info("lease of %s: %s; demand %d: %s", self.engine_id, change, self.demand.demand_bytes, decision.reason)
