@@ -1,0 +1,212 @@
+"""What the controller knows and wants: reports in, targets and views out. Pure: time is an argument.
+
+Everything here is soft state. It is built from the agents' reports and from nothing else, so a controller that starts
+anew has it back one report of each device later. A report older than STALE_AFTER_S reads as absent.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from enum import StrEnum
+from typing import Any, Protocol
+
+from memory_agent.reports import DeviceReport, EngineReport, PressureLevel
+from replicas.targets import ReplicaTarget
+
+STALE_AFTER_S = 3.0
+FORGET_AFTER_S = 60.0
+"""A device without reports is listed as absent this long."""
+_RATIO_CEILING = 99.0
+
+
+class TargetBounds(Protocol):
+    """The part of the cluster's settings that bounds each replica's own loop; 0 leaves the engine's own setting."""
+
+    @property
+    def token_budget_max(self) -> int: ...
+    @property
+    def active_max(self) -> int: ...
+
+
+class ReportOutcome(StrEnum):
+    """Answer to a report."""
+
+    APPLIED = "applied"
+    STALE = "stale"
+    """Not newer than one that is known: ignored."""
+    INVALID = "invalid"
+    """A number in it is negative or not finite: refused, so that one broken agent cannot mislead the plan."""
+
+
+@dataclass(frozen=True)
+class EnginePressure:
+    """What routing needs to know of an engine.
+
+    Attributes:
+        kv_usage: used share of the capacity inside the lease, 0 to 1; demand_ratio: demanded bytes over the limit.
+        age_s: age of the report when this view was made.
+    """
+
+    level: PressureLevel
+    kv_usage: float
+    demand_ratio: float
+    running: int
+    waiting: int
+    age_s: float
+
+
+@dataclass(frozen=True)
+class PressureView:
+    """Every engine with a fresh report. revision: grows with each change, also across restarts of the controller."""
+
+    revision: int
+    engines: dict[str, EnginePressure]
+
+
+@dataclass(frozen=True)
+class _Received:
+    report: DeviceReport
+    at_s: float
+
+
+class ClusterView:
+    """State of the controller. ``now_s`` is monotonic seconds of one clock; epoch_ms: wall clock at its start."""
+
+    def __init__(self, bounds: TargetBounds, epoch_ms: int) -> None:
+        self._bounds = bounds
+        self._devices: dict[tuple[str, str], _Received] = {}
+        self._targets: dict[str, ReplicaTarget] = {}
+        self._outcomes = dict.fromkeys(ReportOutcome, 0)
+        # A wall clock as the first revision: no view of a former life can be mistaken for one of this life.
+        self._revision = epoch_ms
+        self._shown: dict[str, EnginePressure] = {}
+
+    def receive(self, report: DeviceReport, now_s: float) -> ReportOutcome:
+        """Take in a report and plan for its engines. Reports of a device count in order of (agent life, sequence)."""
+        outcome = self._judge(report, now_s)
+        self._outcomes[outcome] += 1
+        if outcome is ReportOutcome.APPLIED:
+            self._devices[report.node, report.device] = _Received(report, now_s)
+            self._forget(now_s)
+            for engine in report.engines:
+                self._plan(engine)
+        return outcome
+
+    def target_for(self, engine_id: str) -> ReplicaTarget | None:
+        """The engine's target; None while no report has named it."""
+        return self._targets.get(engine_id)
+
+    def pressure_view(self, now_s: float) -> PressureView:
+        """The engines with fresh reports. The revision grows when the numbers differ from those of the view before."""
+        engines = {
+            engine.engine_id: EnginePressure(
+                level=engine.pressure,
+                kv_usage=round(engine.kv_usage, 3),
+                demand_ratio=round(min(engine.demand_bytes / max(engine.limit_bytes, 1), _RATIO_CEILING), 3),
+                running=engine.running,
+                waiting=engine.waiting,
+                age_s=now_s - received.at_s,
+            )
+            for received in self._fresh(now_s)
+            for engine in received.report.engines
+        }
+        shown = {name: replace(one, age_s=0.0) for name, one in engines.items()}
+        if shown != self._shown:
+            self._shown = shown
+            self._revision += 1
+        return PressureView(self._revision, engines)
+
+    def snapshot(self, now_s: float) -> dict[str, Any]:
+        """Everything known, JSON-ready. Sizes are bytes; ``memory`` has one key an owner, and its KV keys sum to the
+        budget unless more is held than the budget allows (it was lowered a moment ago)."""
+        nodes: dict[str, list[dict[str, Any]]] = {}
+        for received in self._fresh(now_s):
+            nodes.setdefault(received.report.node, []).append(self._device_json(received, now_s))
+        absent = [
+            {"node": node, "device": device, "report_age_s": round(now_s - received.at_s, 3)}
+            for (node, device), received in sorted(self._devices.items())
+            if now_s - received.at_s > STALE_AFTER_S
+        ]
+        return {
+            "nodes": [{"node": node, "devices": devices} for node, devices in nodes.items()],
+            "absent_devices": absent,
+            "reports": {str(outcome): count for outcome, count in self._outcomes.items()},
+            "bounds": {"token_budget_max": self._bounds.token_budget_max, "active_max": self._bounds.active_max},
+        }
+
+    def _judge(self, report: DeviceReport, now_s: float) -> ReportOutcome:
+        if not all(math.isfinite(number) and number >= 0 for number in _numbers(report)):
+            return ReportOutcome.INVALID
+        known = self._devices.get((report.node, report.device))
+        # An order older than STALE_AFTER_S binds nobody: the clock of a node may have been set back between two lives.
+        fresh = known is not None and now_s - known.at_s <= STALE_AFTER_S
+        if known is not None and fresh and _order(report) <= _order(known.report):
+            return ReportOutcome.STALE
+        return ReportOutcome.APPLIED
+
+    def _plan(self, engine: EngineReport) -> None:
+        """One target a replica, from the settings. A replica that reports a newer revision than ours got it from a
+        former life of the controller: ours must go beyond it to be taken."""
+        known = self._targets.get(engine.engine_id)
+        if known is None or engine.target_revision > known.revision:
+            self._targets[engine.engine_id] = ReplicaTarget(
+                revision=engine.target_revision + 1,
+                token_budget_max=self._bounds.token_budget_max,
+                active_max=self._bounds.active_max,
+            )
+
+    def _forget(self, now_s: float) -> None:
+        """Drop devices long gone, and the targets of engines that no known device has."""
+        self._devices = {key: one for key, one in self._devices.items() if now_s - one.at_s <= FORGET_AFTER_S}
+        known = {engine.engine_id for one in self._devices.values() for engine in one.report.engines}
+        self._targets = {engine_id: target for engine_id, target in self._targets.items() if engine_id in known}
+
+    def _fresh(self, now_s: float) -> Iterator[_Received]:
+        for _, received in sorted(self._devices.items()):
+            if now_s - received.at_s <= STALE_AFTER_S:
+                yield received
+
+    def _device_json(self, received: _Received, now_s: float) -> dict[str, Any]:
+        report = received.report
+        used = sum(engine.used_bytes for engine in report.engines)
+        held = report.held_bytes_os
+        replicas: list[dict[str, Any]] = list(report.to_json()["engines"])
+        for replica in replicas:
+            replica["target"] = _target_json(self._targets.get(replica["engine_id"]))
+        return {
+            "device": report.device,
+            "agent_pid": report.agent_pid,
+            "pressure": report.pressure.name,
+            "report_age_s": round(now_s - received.at_s, 3),
+            "budget_bytes": report.budget_bytes,
+            "dead_engines": report.dead_engines,
+            "memory": {
+                "weights_bytes": sum(engine.weights_bytes for engine in report.engines),
+                "kv_used_bytes": used,
+                "kv_cached_bytes": max(0, held - used),
+                "kv_free_bytes": max(0, report.budget_bytes - max(held, used)),
+                "host_buffer_bytes": 0,
+            },
+            "running": sum(engine.running for engine in report.engines),
+            "waiting": sum(engine.waiting for engine in report.engines),
+            "replicas": replicas,
+        }
+
+
+def _order(report: DeviceReport) -> tuple[int, int]:
+    return report.agent_epoch_ns, report.sequence
+
+
+def _numbers(report: DeviceReport) -> Iterator[float]:
+    parts: tuple[DeviceReport | EngineReport, ...] = (report, *report.engines)
+    for part in parts:
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if isinstance(value, int | float):
+                yield value
+
+
+def _target_json(target: ReplicaTarget | None) -> dict[str, int] | None:
+    if target is None:
+        return None
+    return asdict(target)

@@ -1,0 +1,113 @@
+"""Shows the controller's snapshot to people: the tables of ``ellm status``."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_UNITS = ("B", "Ki", "Mi", "Gi", "Ti")
+_LEVEL_STYLE = {"NORMAL": "green", "ELEVATED": "yellow", "CRITICAL": "bold red"}
+
+
+def render_status(snapshot: dict[str, Any]) -> RenderableType:
+    """Tables of devices and replicas, for any rich console. ``snapshot`` is what ``Controller.snapshot`` returns."""
+    devices = [(node["node"], device) for node in snapshot["nodes"] for device in node["devices"]]
+    parts: list[RenderableType] = [_headline(snapshot, [device for _, device in devices])]
+    if devices:
+        parts.append(_device_table(devices))
+        parts.append(_replica_table(devices))
+    else:
+        parts.append(Text("no memory agent has reported within 3 s", style="yellow"))
+    for absent in snapshot["absent_devices"]:
+        age_s = absent["report_age_s"]
+        lost = f"{_short(absent['node'])} {absent['device']}: no report for {age_s:.1f} s, counted as absent"
+        parts.append(Text(lost, style="bold red"))
+    return Group(*parts)
+
+
+def format_bytes(value: float) -> str:
+    """About three significant figures in binary units, as ``free -h`` writes them: ``512B``, ``1.50Gi``."""
+    for unit in _UNITS:
+        if value < 1024 or unit == _UNITS[-1]:
+            break
+        value /= 1024
+    digits = 0 if unit == "B" else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f}{unit}"
+
+
+def _headline(snapshot: dict[str, Any], devices: list[dict[str, Any]]) -> Text:
+    replicas = [replica for device in devices for replica in device["replicas"]]
+    bounds = snapshot["bounds"]
+    running, waiting = (sum(one[count] for one in replicas) for count in ("running", "waiting"))
+    tokens, active = (bounds[key] or "unbound" for key in ("token_budget_max", "active_max"))
+    return Text(
+        f"nodes {len(snapshot['nodes'])}, devices {len(devices)}, replicas {len(replicas)}, "
+        f"dead {sum(device['dead_engines'] for device in devices)}; "
+        f"requests running {running}, waiting {waiting}; "
+        f"bounds: tokens a step {tokens}, active {active}"
+    )
+
+
+def _device_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
+    owners = ("used", "cached", "free", "budget", "weight", "buffer")
+    table = _table("\nDevices: KV memory by owner, weights, host buffer", ("node", "device", "pressure"))
+    for column in (*owners, "run", "wait", "age"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for node, device in devices:
+        memory = device["memory"]
+        sizes = (
+            memory["kv_used_bytes"],
+            memory["kv_cached_bytes"],
+            memory["kv_free_bytes"],
+            device["budget_bytes"],
+            memory["weights_bytes"],
+            memory["host_buffer_bytes"],
+        )
+        table.add_row(
+            _short(node),
+            device["device"],
+            _level(device["pressure"]),
+            *map(format_bytes, sizes),
+            *(str(device[count]) for count in ("running", "waiting")),
+            f"{device['report_age_s']:.1f}s",
+        )
+    return table
+
+
+def _replica_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
+    table = _table(
+        "\nReplicas: KV memory used, held and leased; preemptions; extents grown/shrunk", ("replica", "status")
+    )
+    table.add_column("model", overflow="fold")
+    for column in ("used", "held", "limit", "ceil", "use", "run", "wait", "pre", "moves"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for _, device in devices:
+        for one in device["replicas"]:
+            table.add_row(
+                one["engine_id"].rpartition("#")[2],
+                _level(one["pressure"]) if one["state"] == "LIVE" else Text(one["state"], style="yellow"),
+                one["model"],
+                *(format_bytes(one[size]) for size in ("used_bytes", "held_bytes_os", "limit_bytes", "ceiling_bytes")),
+                f"{one['kv_usage']:.0%}",
+                *(str(one[count]) for count in ("running", "waiting", "preemptions")),
+                f"{one['inflate_count']}/{one['deflate_count']}",
+            )
+    return table
+
+
+def _table(title: str, text: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in text:
+        table.add_column(column, no_wrap=True)
+    return table
+
+
+def _level(level: str) -> Text:
+    return Text(level, style=_LEVEL_STYLE.get(level, ""))
+
+
+def _short(identity: str) -> str:
+    """The first characters of a long identity: enough to tell nodes apart, short enough for a table."""
+    return identity if len(identity) <= 12 else identity[:8]

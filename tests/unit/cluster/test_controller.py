@@ -1,0 +1,227 @@
+"""The controller: what it accepts, plans, shows and forgets; on its pure core, and its long poll on the actor class."""
+
+import asyncio
+import json
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from cluster.cluster_view import FORGET_AFTER_S, STALE_AFTER_S, ClusterView, PressureView, ReportOutcome
+from cluster.controller import Controller
+from memory_agent.reports import DeviceReport, EngineReport, PressureLevel
+from replicas.targets import ReplicaTarget
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Bounds:
+    token_budget_max: int = 512
+    active_max: int = 16
+
+
+def engine(engine_id: str = "a", **values: Any) -> EngineReport:
+    known: dict[str, Any] = {
+        "model": "m", "pid": 1, "state": "LIVE", "limit_bytes": GIB, "lease_revision": 1, "applied_revision": 1,
+        "guarantee_bytes": GIB // 4, "ceiling_bytes": 2 * GIB, "weights_bytes": 300, "held_bytes_os": 50,
+        "committed_bytes": 50, "used_bytes": 20, "demand_bytes": GIB // 2, "rss_bytes": 900, "running": 2, "waiting": 3,
+        "preemptions": 0, "inflate_count": 0, "inflate_bytes": 0, "deflate_count": 0, "deflate_bytes": 0,
+        "map_failures": 0, "blocks_mapped": 1, "reachable_blocks": 9, "blocks_ceiling": 10, "block_tokens": 128,
+        "kv_usage": 0.25, "target_revision": 0, "pressure": PressureLevel.NORMAL,
+    }  # fmt: skip
+    return EngineReport(engine_id=engine_id, **(known | values))
+
+
+def report(sequence: int, *engines: EngineReport, epoch: int = 100, **values: Any) -> DeviceReport:
+    known: dict[str, Any] = {
+        "node": "n1", "device": "cpu", "agent_pid": 5, "taken_at_s": 1.0, "budget_bytes": 2 * GIB,
+        "pressure": PressureLevel.NORMAL, "dead_engines": 0,
+    }  # fmt: skip
+    return DeviceReport(agent_epoch_ns=epoch, sequence=sequence, engines=engines, **(known | values))
+
+
+@pytest.fixture
+def view() -> ClusterView:
+    return ClusterView(Bounds(), epoch_ms=1_000_000)
+
+
+def outcomes(view: ClusterView, now_s: float = 0.0) -> dict[str, int]:
+    counts: dict[str, int] = view.snapshot(now_s)["reports"]
+    return counts
+
+
+def test_reports_count_in_order(view: ClusterView) -> None:
+    """A repeated or overtaken report is refused and counted; a new life of the agent starts its own order."""
+    assert view.receive(report(5, engine(running=5)), 0.0) is ReportOutcome.APPLIED
+    assert view.receive(report(5, engine(running=9)), 0.1) is ReportOutcome.STALE
+    assert view.receive(report(4, engine(running=9)), 0.2) is ReportOutcome.STALE
+    assert view.receive(report(99, engine(running=9), epoch=99), 0.3) is ReportOutcome.STALE
+    assert view.pressure_view(0.3).engines["a"].running == 5
+    assert view.receive(report(1, engine(running=1), epoch=101), 0.4) is ReportOutcome.APPLIED
+    assert view.pressure_view(0.4).engines["a"].running == 1
+    assert outcomes(view) == {"applied": 2, "stale": 3, "invalid": 0}
+
+
+def test_an_order_from_long_ago_binds_nobody(view: ClusterView) -> None:
+    """If a node's clock was set back between two lives of its agent, it is heard once the old report is absent."""
+    view.receive(report(5, engine(), epoch=100), 0.0)
+    assert view.receive(report(1, engine(), epoch=50), 1.0) is ReportOutcome.STALE
+    assert view.receive(report(2, engine(), epoch=50), STALE_AFTER_S + 0.1) is ReportOutcome.APPLIED
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        report(2, budget_bytes=-1),
+        report(2, taken_at_s=math.nan),
+        report(2, engine(), engine("b", kv_usage=math.nan)),
+        report(2, engine(kv_usage=math.inf)),
+        report(2, engine(used_bytes=-5)),
+        report(2, engine(waiting=-1)),
+    ],
+)
+def test_impossible_numbers_are_refused(view: ClusterView, broken: DeviceReport) -> None:
+    """A report with a negative or non-finite number changes nothing but the count of invalid ones."""
+    view.receive(report(1, engine(running=7)), 0.0)
+    assert view.receive(broken, 0.1) is ReportOutcome.INVALID
+    assert view.pressure_view(0.1).engines["a"].running == 7
+    assert outcomes(view) == {"applied": 1, "stale": 0, "invalid": 1}
+
+
+def test_old_report_reads_as_absent(view: ClusterView) -> None:
+    """After three seconds without a report a device is in no view, is listed as absent, and later forgotten."""
+    view.receive(report(1, engine()), 10.0)
+    view.receive(report(1, engine("b"), node="n2"), 12.0)
+    at_s = 10.0 + STALE_AFTER_S + 0.01
+    assert set(view.pressure_view(at_s).engines) == {"b"}
+    snapshot = view.snapshot(at_s)
+    assert [node["node"] for node in snapshot["nodes"]] == ["n2"]
+    assert [(one["node"], one["report_age_s"]) for one in snapshot["absent_devices"]] == [("n1", 3.01)]
+    assert view.target_for("a") is not None, "its engine may live on"
+    view.receive(report(2, engine("b"), node="n2"), 10.1 + FORGET_AFTER_S)
+    assert view.snapshot(10.1 + FORGET_AFTER_S)["absent_devices"] == []
+    assert view.target_for("a") is None
+
+
+def test_view_revision_grows_with_changes_only(view: ClusterView) -> None:
+    """The revision grows when numbers change or an engine turns absent; not with age alone."""
+    view.receive(report(1, engine()), 0.0)
+    first = view.pressure_view(0.0)
+    assert first.revision > 1_000_000
+    view.receive(report(2, engine()), 0.25)
+    same = view.pressure_view(0.5)
+    assert same.revision == first.revision
+    assert same.engines["a"].age_s == 0.25
+    view.receive(report(3, engine(pressure=PressureLevel.CRITICAL)), 0.75)
+    critical = view.pressure_view(0.75)
+    assert (critical.revision, critical.engines["a"].level) == (first.revision + 1, PressureLevel.CRITICAL)
+    assert view.pressure_view(5.0) == PressureView(first.revision + 2, {})
+
+
+def test_demand_is_shown_against_the_limit(view: ClusterView) -> None:
+    """demand_ratio is demand over limit, finite even where the limit is still zero."""
+    view.receive(report(1, engine(), engine("b", limit_bytes=0)), 0.0)
+    engines = view.pressure_view(0.0).engines
+    assert (engines["a"].demand_ratio, engines["a"].kv_usage) == (0.5, 0.25)
+    assert math.isfinite(engines["b"].demand_ratio) and engines["b"].demand_ratio > 1
+
+
+def test_every_reported_engine_has_a_target(view: ClusterView) -> None:
+    """The target carries the settings' bounds; an engine that was never reported, or left, has none."""
+    assert view.target_for("a") is None
+    view.receive(report(1, engine("a"), engine("b")), 0.0)
+    assert view.target_for("a") == ReplicaTarget(1, token_budget_max=512, active_max=16)
+    view.receive(report(2, engine("a", target_revision=1)), 0.1)
+    assert view.target_for("a") == ReplicaTarget(1, token_budget_max=512, active_max=16), "nothing changed"
+    assert view.target_for("b") is None
+
+
+def test_target_revision_grows_across_restarts() -> None:
+    """A controller that starts anew publishes beyond the revision that the replica reports, so that it is taken."""
+    view = ClusterView(Bounds(token_budget_max=99), epoch_ms=1)
+    view.receive(report(1, engine(target_revision=41)), 0.0)
+    assert view.target_for("a") == ReplicaTarget(42, token_budget_max=99, active_max=16)
+    view.receive(report(2, engine(target_revision=42)), 0.1)
+    assert view.target_for("a") == ReplicaTarget(42, token_budget_max=99, active_max=16)
+
+
+def test_snapshot_accounts_for_every_byte_and_is_json(view: ClusterView) -> None:
+    """Per device the KV owners sum to the budget, weights stand beside them, and all of it survives JSON."""
+    view.receive(report(1, engine(), engine("b", used_bytes=70, held_bytes_os=90)), 0.0)
+    snapshot = view.snapshot(1.5)
+    assert json.loads(json.dumps(snapshot, allow_nan=False)) == snapshot
+    device = snapshot["nodes"][0]["devices"][0]
+    memory = device["memory"]
+    assert memory == {
+        "weights_bytes": 600,
+        "kv_used_bytes": 90,
+        "kv_cached_bytes": 50,
+        "kv_free_bytes": 2 * GIB - 140,
+        "host_buffer_bytes": 0,
+    }
+    assert memory["kv_used_bytes"] + memory["kv_cached_bytes"] + memory["kv_free_bytes"] == device["budget_bytes"]
+    assert (device["running"], device["waiting"], device["report_age_s"]) == (4, 6, 1.5)
+    assert (device["pressure"], device["replicas"][1]["engine_id"]) == ("NORMAL", "b")
+    assert device["replicas"][0]["target"] == {"revision": 1, "token_budget_max": 512, "active_max": 16}
+
+
+def test_snapshot_never_shows_negative_bytes(view: ClusterView) -> None:
+    """Counters of different moments (used beyond held, held beyond a lowered budget) show as zero, not below."""
+    view.receive(report(1, engine(used_bytes=100, held_bytes_os=60), budget_bytes=80), 0.0)
+    memory = view.snapshot(0.0)["nodes"][0]["devices"][0]["memory"]
+    assert (memory["kv_cached_bytes"], memory["kv_free_bytes"]) == (0, 0)
+
+
+async def started() -> Controller:
+    controller = Controller.__new__(Controller)
+    await Controller.__init__(controller, Bounds())  # what Ray does with an actor's coroutine constructor
+    return controller
+
+
+def test_watch_returns_at_once_when_behind_and_waits_when_not() -> None:
+    """A watcher that has seen less gets the view at once; one that is up to date gets the next change."""
+
+    async def scenario() -> None:
+        controller = await started()
+        await controller.report_device(report(1, engine()))
+        first = await asyncio.wait_for(controller.watch(0, 20.0), 5.0)
+        assert set(first.engines) == {"a"}
+        waiting = asyncio.create_task(controller.watch(first.revision, 20.0))
+        await controller.report_device(report(2, engine()))
+        done, _ = await asyncio.wait([waiting], timeout=0.1)
+        assert not done, "the numbers did not change"
+        await controller.report_device(report(3, engine(running=3)))
+        second = await asyncio.wait_for(waiting, 5.0)
+        assert second.revision > first.revision
+        assert second.engines["a"].running == 3
+
+    asyncio.run(scenario())
+
+
+def test_watch_ends_at_its_timeout_with_the_same_revision() -> None:
+    """Where nothing changes, the answer at the timeout is the present view."""
+
+    async def scenario() -> None:
+        controller = await started()
+        await controller.report_device(report(1, engine()))
+        first = await controller.watch(0, 1.0)
+        again = await asyncio.wait_for(controller.watch(first.revision, 0.05), 5.0)
+        assert again.revision == first.revision
+        assert replace(again.engines["a"], age_s=0.0) == replace(first.engines["a"], age_s=0.0)
+
+    asyncio.run(scenario())
+
+
+def test_view_of_a_former_life_is_never_taken_for_a_present_one() -> None:
+    """A watcher that comes with a revision of the controller's former life is answered at once."""
+
+    async def scenario() -> None:
+        old = await (await started()).watch(0, 0.0)
+        new = await started()
+        await new.report_device(report(1, engine()))
+        view = await asyncio.wait_for(new.watch(old.revision, 20.0), 5.0)
+        assert set(view.engines) == {"a"}
+
+    asyncio.run(scenario())
