@@ -1,16 +1,19 @@
-"""A replica's tie to the memory agent and the controller: its row on the lease board, and the targets it writes there."""
+"""A replica's tie to the memory agent and the controller: its row on the lease board, and the targets it writes
+there."""
 
 import asyncio
 import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
 
-from memory_agent.lease_board import LeaseBoard, ReplicaWord
+from memory_agent.controller_link import CONTROLLER_NAME, NAMESPACE
+from memory_agent.lease_board import LeaseBoard, ReplicaWord, Row
 from replicas.lease_watch import WakePolicy, watch_lease
 from replicas.spec import EngineSpec
 from replicas.targets import ReplicaTarget
@@ -20,21 +23,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
-CONTROLLER_NAME = "ellm-controller"
-NAMESPACE = "ellm"
 TARGET_PERIOD_S = 1.0
 UNREGISTER_TIMEOUT_S = 2.0
 
 
 class BoardLink:
-    """One engine's registration. Construction registers the engine, and raises what the agent raises where it does not fit."""
+    """One engine's registration. Construction registers the engine, and raises what the agent raises where it does
+    not fit."""
 
     def __init__(self, engine_id: str, spec: EngineSpec, agent_spec: "AgentSpec") -> None:
         from memory_agent.agent import ensure_agent
 
         self.engine_id = engine_id
         self._agent = ensure_agent(agent_spec)
-        self.registration: Registration = ray.get(
+        answer: Any = ray.get(
             self._agent.register.remote(
                 engine_id=engine_id,
                 model=spec.model_name,
@@ -44,20 +46,21 @@ class BoardLink:
                 registrar_pid=os.getpid(),
             )
         )
-        self._board = LeaseBoard.open(self.registration.board_path)
-        self._row = self._board.row(self.registration.row)
+        self.registration: Registration = answer
+        self._row: Row = LeaseBoard.open(Path(self.registration.board_path)).row(self.registration.row)
 
     async def follow_lease(self, wake: Callable[[], Awaitable[object]]) -> None:
         """Wake the engine by ``wake`` when its lease has changed or its rest has come; for ever."""
         await watch_lease(self._row, wake, WakePolicy())
 
     async def follow_targets(self) -> None:
-        """Fetch the controller's target once a second and write it to the row; for ever. Without a controller the last stays."""
-        controller = None
+        """Fetch the controller's target once a second and write it to the row; for ever. Without a controller the
+        last stays."""
+        controller: Any = None
         while True:
             started_s = time.monotonic()
             try:
-                controller = controller or await asyncio.to_thread(ray.get_actor, CONTROLLER_NAME, namespace=NAMESPACE)
+                controller = controller or await asyncio.to_thread(_controller)
                 target = await controller.target_for.remote(self.engine_id)
                 if target is not None:
                     self.apply(target)
@@ -81,3 +84,7 @@ class BoardLink:
             ray.get(self._agent.unregister.remote(self.engine_id), timeout=UNREGISTER_TIMEOUT_S)
         except RayError as error:
             logger.info("%s was not unregistered: %s", self.engine_id, error)
+
+
+def _controller() -> Any:
+    return ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)

@@ -3,11 +3,12 @@
     ingress -> replica    one EngineCoreRequest a request
     replica -> ingress    lists of EngineCoreOutput, everything that was ready since the last list
 
-Both travel in vLLM's own msgpack form as a list of frames, so that whatever a release of vLLM puts into a request or an
-output crosses without being named here. Both sides must run the same release of vLLM.
+Both travel in vLLM's own msgpack form as a list of frames, so that whatever a release of vLLM puts into a request
+or an output crosses without being named here. Both sides must run the same release of vLLM.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
@@ -41,4 +42,5 @@ class HopCodec:
 
     def _encode(self, value: object) -> Frames:
         # The encoder hands out views of live tensors beside the first frame; the transport pickles, so own the bytes.
-        return [bytes(frame) for frame in self._encoder.encode(value)]
+        frames: Sequence[Any] = self._encoder.encode(value)
+        return [bytes(frame) for frame in frames]

@@ -1,7 +1,7 @@
 """Wakes an idle engine when its lease has changed or its rest has come.
 
-An idle engine sleeps and runs no step, so it does not read the lease board by itself. The replica process looks at the
-engine's row for it, a few loads every 50 ms, and sends a harmless call when there is something to do.
+An idle engine sleeps and runs no step, so it does not read the lease board by itself. The replica process looks at
+the engine's row for it, a few loads every 50 ms, and sends a harmless call when there is something to do.
 """
 
 import asyncio
@@ -38,10 +38,11 @@ class RowSample:
 
 
 class WakePolicy:
-    """Decides when an idle engine is woken. Pure but for its own memory; ``now_s`` is any monotonic clock, in seconds.
+    """Decides when an idle engine is woken. Pure but for its own memory; ``now_s`` is any monotonic clock, in
+    seconds.
 
-    A busy engine steps and reads its row anyway: it is never woken. A wake-up that changes nothing is repeated after twice
-    the time, up to BACKOFF_LIMIT_S, so that an engine that cannot follow is not kept awake.
+    A busy engine steps and reads its row anyway: it is never woken. A wake-up that changes nothing is repeated
+    after twice the time, up to BACKOFF_LIMIT_S, so that an engine that cannot follow is not kept awake.
     """
 
     def __init__(self, idle_release_s: float = 3.0) -> None:
@@ -72,7 +73,8 @@ class WakePolicy:
 
 
 async def watch_lease(row: Row, wake: Callable[[], Awaitable[object]], policy: WakePolicy) -> None:
-    """Look at ``row`` for ever and call ``wake`` when the policy says so. Ends by cancellation or by what ``wake`` raises."""
+    """Look at ``row`` for ever and call ``wake`` when the policy says so. Ends by cancellation or by what ``wake``
+    raises."""
     while True:
         if policy.should_wake(RowSample.read(row), time.monotonic()):
             await wake()

@@ -11,6 +11,7 @@ import psutil
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from memory_agent.agent import Registration
 from memory_agent.lease_board import LIMIT_UNIT_BYTES, AgentWord, EngineWord, Lease, LeaseBoard, Row, RowState
 from replicas.engine_config import build_vllm_config
 from replicas.spec import EngineSpec
@@ -63,21 +64,38 @@ class LocalEngine:
 
 @asynccontextmanager
 async def local_engine(spec: EngineSpec, board: Path | None, limit_bytes: int = 0) -> AsyncIterator[LocalEngine]:
-    """Start an engine; with ``board`` (a path for a new lease board) and ``spec.elastic`` an elastic one."""
-    row = None
-    if board is not None:
-        lease_board = LeaseBoard.create(board, spec.kv_ceiling_bytes)
-        row = lease_board.row(0)
-        row.name("engine", spec.model_name)
-        row.set(AgentWord.LEASE, Lease(limit_bytes or spec.kv_ceiling_bytes, 1).pack())
-        row.set(AgentWord.STATE, RowState.STARTING)
-    config = build_vllm_config(spec, str(board) if board else "", 0)
+    """Start an engine; an elastic one if ``spec`` says so, on a new lease board at ``board`` that the caller writes in
+    the agent's place. The lease is ``limit_bytes`` at first, or the whole ceiling."""
+    if board is None or not spec.elastic:
+        async with _running(spec, "", None) as engine:
+            yield engine
+        return
+    row = LeaseBoard.create(board, spec.kv_ceiling_bytes).row(0)
+    row.name("engine", spec.model_name)
+    row.set(AgentWord.LEASE, Lease(limit_bytes or spec.kv_ceiling_bytes, 1).pack())
+    row.set(AgentWord.STATE, RowState.STARTING)
+    try:
+        async with _running(spec, str(board), row) as engine:
+            yield engine
+    finally:
+        board.unlink()
+
+
+@asynccontextmanager
+async def local_engine_at(spec: EngineSpec, place: Registration) -> AsyncIterator[LocalEngine]:
+    """Start an elastic engine at a row that a memory agent has given."""
+    row = LeaseBoard.open(Path(place.board_path)).row(place.row)
+    async with _running(spec, place.board_path, row) as engine:
+        yield engine
+
+
+@asynccontextmanager
+async def _running(spec: EngineSpec, board: str, row: Row | None) -> AsyncIterator[LocalEngine]:
+    config = build_vllm_config(spec, board, row.index if row else 0)
     before = {child.pid for child in psutil.Process().children()}
     llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
-    started = [child for child in psutil.Process().children() if child.pid not in before and child.children()]
     try:
-        yield LocalEngine(llm, row if spec.elastic else None, started[0].pid)
+        core = next(c for c in psutil.Process().children() if c.pid not in before and c.children())
+        yield LocalEngine(llm, row, core.pid)
     finally:
         llm.shutdown()
-        if board is not None:
-            board.unlink(missing_ok=True)

@@ -1,0 +1,205 @@
+"""The configuration of a cluster: one tree of models, read once at the edge by ``cluster.config_file``.
+
+    ClusterConfig
+    +-- models: list[ModelConfig]     what is served, and by how many replicas
+    +-- memory: MemoryConfig          KV bytes that the engines of one device share
+    +-- http: HttpConfig              where the OpenAI API listens
+    +-- slo: list[SloClass]           latency targets
+    +-- controller: ControllerConfig  bounds that the controller sets for every replica
+
+The docstring under a field is its documentation: ``ellm config example`` prints it. Names follow vLLM and Ray Serve
+where they have one. Values are strict: text is not taken for a number. "auto" and null are both None here: the sizes
+follow from the model and the machine (``cluster.sizing``).
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from cluster.default_model import DEFAULT_MODEL_NAME
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("B", 1000), ("iB", 1024))
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_TAKEN_ARGS = {
+    "model": "use the key source",
+    "served_model_name": "use the key name",
+    "kv_cache_memory_bytes": "use the key kv_ceiling",
+    "gpu_memory_utilization": "use the key kv_ceiling, or memory.budget",
+    "enable_prefix_caching": "it is always on",
+    "scheduler_cls": "use the key elastic",
+    "kv_transfer_config": "use the key elastic",
+} | {
+    key: f"use the key {key}"
+    for key in (
+        "dtype",
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "tensor_parallel_size",
+        "async_scheduling",
+    )
+}
+"""vLLM arguments that are decided elsewhere, and where."""
+
+
+def parse_size(value: object) -> object:
+    """Bytes of a size such as 1048576, "512MiB" or "1.5 GB"; None for "auto". Raises ValueError for anything else."""
+    if value is None or value == "auto":
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None or match[2] not in _UNITS:
+        raise ValueError('should be a size such as "512MiB" or "2GiB" (KB, MB, GB, TB count in thousands), or "auto"')
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _auto(value: object) -> object:
+    return None if value == "auto" else value
+
+
+_Positive = Annotated[int, Field(ge=1)]
+Size = Annotated[_Positive | None, BeforeValidator(parse_size)]
+Count = Annotated[_Positive | None, BeforeValidator(_auto)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class ModelConfig(_Section):
+    """One model and its replicas."""
+
+    name: str = Field(default=DEFAULT_MODEL_NAME, min_length=1, max_length=100)
+    """Name that requests use as "model". Left out: the hub id, or the last part of the folder's path."""
+    source: str = Field(default="default", min_length=1)
+    """Folder of a checkpoint (config.json, *.safetensors, tokenizer), a hub id such as "Qwen/Qwen3-0.6B", or
+    "default"."""
+    replicas: int = Field(default=2, ge=1, le=32)
+    """Engine replicas of this model. They share the device's KV budget."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of weights and KV cache. auto: the checkpoint's own, bfloat16 where that is float32."""
+    max_model_len: Count = None
+    """Tokens of one longest request, prompt and output. auto: the model's own limit, at most 8192."""
+    max_num_seqs: int = Field(default=64, ge=1)
+    """Most requests that one replica runs at once."""
+    max_num_batched_tokens: int = Field(default=2048, ge=1)
+    """Most tokens that one step of a replica computes; longer prompts are computed in chunks."""
+    kv_ceiling: Size = None
+    """Most KV bytes that one replica can ever hold, inside memory.budget. auto: the whole budget."""
+    elastic: bool = True
+    """false: plain vLLM with kv_ceiling of KV memory held all the time, beside memory.budget. auto is then two longest
+    requests."""
+    async_scheduling: bool | None = None
+    """Prepare the next step while one runs. null: what vLLM chooses for the platform (off on CPU)."""
+    tensor_parallel_size: Literal[1] = 1
+    """Devices that one replica spans. Only 1 works yet."""
+    tool_call_parser: str | None = "hermes"
+    """vLLM's parser that finds tool calls in the output, with automatic tool choice. null: tools are refused."""
+    reasoning_parser: str | None = None
+    """vLLM's parser that separates reasoning from the answer, for models that reason. null: none."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of vLLM's AsyncEngineArgs, passed as they are: for example {block_size: 64}. On CPU
+    enforce_eager is true unless it is set here."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_from_source(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("name") is None and isinstance(data.get("source"), str):
+            data = {**data, "name": name_of_source(data["source"])}
+        return data
+
+    @model_validator(mode="after")
+    def _no_second_source_of_truth(self) -> Self:
+        for key in self.engine_args:
+            if remedy := _TAKEN_ARGS.get(key):
+                raise ValueError(f"engine_args.{key} cannot be set here: {remedy}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) should be at least max_num_seqs "
+                f"({self.max_num_seqs}): each running request computes one token a step"
+            )
+        return self
+
+
+class MemoryConfig(_Section):
+    """The KV memory of one device (of this host, without a GPU)."""
+
+    budget: Size = None
+    """KV bytes that all engines of the device share. auto: twice what one longest request of each needs, at least 1GiB,
+    if free."""
+    rest: Size = None
+    """KV bytes that an idle engine shrinks to. auto: a 64th of its ceiling, at least two KV blocks."""
+
+
+class HttpConfig(_Section):
+    """Where the OpenAI API listens."""
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    """Address to listen on; 0.0.0.0 for all. There is no authentication: put a gateway in front before opening it."""
+    port: int = Field(default=8000, ge=1, le=65535)
+    """TCP port of the API, /health, /metrics and /ellm/status."""
+    ingress_replicas: int = Field(default=1, ge=1, le=64)
+    """Processes that tokenise, route and stream. One is right up to a few thousand tokens a second."""
+
+
+class SloClass(_Section):
+    """Latency targets of one class of requests. Nothing is decided by them yet."""
+
+    name: str = Field(default="standard", min_length=1)
+    """Name of the class."""
+    ttft_ms: float = Field(default=2000.0, gt=0)
+    """Target of the time to the first token, in milliseconds."""
+    tpot_ms: float = Field(default=200.0, gt=0)
+    """Target of the time per output token after the first, in milliseconds."""
+
+
+class ControllerConfig(_Section):
+    """Bounds that the controller sets for every replica."""
+
+    token_budget_max: int = Field(default=0, ge=0)
+    """Most tokens a step of a replica may schedule; 0 leaves max_num_batched_tokens."""
+    active_max: int = Field(default=0, ge=0)
+    """Most requests a replica may run at once; 0 leaves max_num_seqs."""
+
+
+class ClusterConfig(_Section):
+    """Configuration of a cluster. Every key may be left out."""
+
+    models: list[ModelConfig] = Field(default_factory=lambda: [ModelConfig()], min_length=1)
+    """The models that are served. Their names must differ."""
+    memory: MemoryConfig = Field(default_factory=MemoryConfig)
+    """KV memory of one device."""
+    http: HttpConfig = Field(default_factory=HttpConfig)
+    """The API server."""
+    slo: list[SloClass] = Field(default_factory=lambda: [SloClass()])
+    """Latency targets by class. Nothing is decided by them yet."""
+    controller: ControllerConfig = Field(default_factory=ControllerConfig)
+    """Bounds for every replica."""
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Self:
+        for what, names in (("models", [m.name for m in self.models]), ("slo", [s.name for s in self.slo])):
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise ValueError(f"two entries of {what} are named {twice!r}: give each its own name")
+        return self
+
+
+def looks_like_path(source: str) -> bool:
+    """True where ``source`` can only be a folder: a hub id is "name" or "owner/name"."""
+    return source.startswith(("/", ".", "~")) or source.count("/") > 1
+
+
+def name_of_source(source: str) -> str:
+    """The name a model gets where none is given."""
+    if source == "default":
+        return DEFAULT_MODEL_NAME
+    return source.rstrip("/").rsplit("/", 1)[-1] if looks_like_path(source) else source

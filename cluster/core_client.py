@@ -1,0 +1,233 @@
+"""The engine core that ``ClusterEngine`` talks to: a set of replicas behind a Ray Serve handle.
+
+    AsyncLLM --add_request_async--> one Relay a request --generate()--> a replica, chosen by the request router
+    AsyncLLM <--get_output_async--- everything that any relay has received since the last call
+
+A relay holds the prompt and the token ids so far. A replica that dies before a request's first token costs a retry
+on another one; after it, the request ends with an error that says so in vLLM's form.
+"""
+
+import asyncio
+import contextvars
+import inspect
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from vllm.exceptions import VLLMValidationError
+from vllm.tasks import SupportedTask
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine.core_client import AsyncMPClient
+
+from cluster.engine_slots import EngineSlots
+from replicas.hop import HopCodec
+from replicas.replica import ReplicaInfo, ReplicaStats
+
+logger = logging.getLogger("ray.serve")
+
+RETRIES = 2
+POLL_PERIOD_S = 1.0
+POLL_TIMEOUT_S = 3.0
+STALE_AFTER_S = 15.0
+
+
+@dataclass
+class Relay:
+    """One request on its way: enough to send it again."""
+
+    request: EngineCoreRequest
+    task: "asyncio.Task[None] | None" = None
+    token_ids: list[int] = field(default_factory=list)
+    """Output ids received so far; prompt and these are what another replica would need to go on."""
+    finished: bool = False
+
+
+@dataclass
+class CoreResources:
+    """The part of vLLM's client resources that AsyncLLM reads."""
+
+    engine_dead: bool = False
+
+
+class ClusterCore:
+    """The replicas of one model as one engine core. Belongs to the event loop it is built on."""
+
+    def __init__(
+        self, model: str, handle: DeploymentHandle[Any], info: ReplicaInfo, replicas: int, replica_limit: int
+    ) -> None:
+        """
+        Args:
+            model: name, for messages; info: what any replica says of itself.
+            replicas: how many are meant to run: the number of engines that the metrics tell apart.
+            replica_limit: requests that one replica takes at once.
+        """
+        self.resources = CoreResources()
+        self.engine_ranks_managed = list(range(replicas))
+        self.reachable = replicas
+        self.retried = 0
+        self._model = model
+        self._handle = handle
+        self._generate = handle.options(method_name="generate", stream=True)
+        self._info = info
+        self._replica_limit = replica_limit
+        self._codec = HopCodec()
+        self._relays: dict[str, Relay] = {}
+        self._outputs: list[EngineCoreOutput] = []
+        self._stats: deque[EngineCoreOutputs] = deque()
+        self._wake = asyncio.Event()
+        self._slots = EngineSlots(replicas)
+        self._poll_task = asyncio.get_running_loop().create_task(self._poll())
+
+    # What AsyncLLM calls
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        """Start relaying ``request``. Its outputs, errors among them, come out of ``get_output_async``."""
+        if request.resumable or request.request_id in self._relays:
+            raise VLLMValidationError("input that arrives in several parts does not work on a cluster of replicas yet")
+        relay = self._relays[request.request_id] = Relay(request)
+        # A context of its own: Ray Serve would otherwise cancel the stream with the HTTP request that happens to be
+        # current here, beside the abort that vLLM sends anyway.
+        relay.task = asyncio.get_running_loop().create_task(self._relay(relay), context=contextvars.Context())
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            relay = self._relays.pop(request_id, None)
+            if relay is not None and relay.task is not None:
+                relay.task.cancel()
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        """Everything received since the last call, as one step's outputs; waits for the first."""
+        await self._wake.wait()
+        if self._stats:
+            return self._stats.popleft()
+        self._wake.clear()
+        outputs, self._outputs = self._outputs, []
+        return EngineCoreOutputs(outputs=outputs)
+
+    async def get_supported_tasks_async(self) -> tuple[SupportedTask, ...]:
+        return self._info.supported_tasks  # type: ignore[return-value]
+
+    async def reset_mm_cache_async(self) -> None:
+        """Nothing to do: multi-modal inputs do not cross the hop yet."""
+
+    def get_kv_event_sources(self) -> dict[int, Any]:
+        return {}
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        self.resources.engine_dead = True
+        self._poll_task.cancel()
+        for relay in self._relays.values():
+            if relay.task is not None:
+                relay.task.cancel()
+        self._relays.clear()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Everything else of vLLM's core client: a method that refuses with a client error (4xx)."""
+        upstream = getattr(AsyncMPClient, name, None)
+        if name.startswith("_") or not callable(upstream):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise VLLMValidationError(f"{name.removesuffix('_async')} does not work on a cluster of replicas yet")
+
+        async def refuse_async(*args: Any, **kwargs: Any) -> Any:
+            refuse()
+
+        return refuse_async if inspect.iscoroutinefunction(upstream) else refuse
+
+    # Capacity
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._relays)
+
+    def why_full(self, n: int) -> str | None:
+        """Why ``n`` more requests cannot be taken now, or None where they can."""
+        if self.reachable == 0:
+            return f"no replica of {self._model} can be reached now; try again in a few seconds"
+        limit = self.reachable * self._replica_limit
+        if self.in_flight + n > limit:
+            return f"all replicas of {self._model} are full ({self.in_flight} of {limit} requests); try again later"
+        return None
+
+    # Relaying
+
+    async def _relay(self, relay: Relay) -> None:
+        request_id = relay.request.request_id
+        try:
+            for attempt in range(1 + RETRIES):
+                error = await self._try_once(relay)
+                if relay.finished:
+                    return
+                if relay.token_ids or attempt == RETRIES:
+                    break
+                self.retried += 1
+                logger.warning(
+                    "request %s: its replica is gone before the first token, trying another: %s", request_id, error
+                )
+            logger.error("request %s ends with an error after %d tokens: %s", request_id, len(relay.token_ids), error)
+            self._deliver(relay, [EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)])
+        finally:
+            self._relays.pop(request_id, None)
+
+    async def _try_once(self, relay: Relay) -> Exception | None:
+        """Stream the request from one replica. Returns what ended the stream early, if anything did."""
+        stream: Any = self._generate.remote(self._codec.encode_request(relay.request))
+        try:
+            async for frames in stream:
+                self._deliver(relay, self._codec.decode_outputs(frames))
+        except asyncio.CancelledError:
+            if self._was_cancelled():
+                stream.cancel()
+                raise
+            return RuntimeError("the replica cancelled the stream")
+        except (RayError, RayServeException) as error:
+            return error
+        return None if relay.finished else RuntimeError("the replica ended the stream early")
+
+    @staticmethod
+    def _was_cancelled() -> bool:
+        """Tells a cancellation of this task from one that came out of the stream: both are CancelledError."""
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+
+    def _deliver(self, relay: Relay, outputs: list[EngineCoreOutput]) -> None:
+        for output in outputs:
+            relay.token_ids.extend(output.new_token_ids)
+            relay.finished = relay.finished or output.finished
+        self._outputs.extend(outputs)
+        self._wake.set()
+
+    # Statistics and reachability
+
+    async def _poll(self) -> None:
+        """Ask every replica for its numbers once a second, for ever."""
+        answered_s = time.monotonic()
+        while True:
+            started_s = time.monotonic()
+            try:
+                answers = await self._handle.broadcast("stats").results_async(
+                    timeout_s=POLL_TIMEOUT_S, return_exceptions=True
+                )
+                answered_s = started_s
+            except RayServeException:  # there is no replica at all
+                answers, answered_s = [], started_s
+            except TimeoutError:
+                answers = None  # one of them is stuck, which says nothing of the others: keep the last count a while
+            if answers is not None:
+                self._take_stats([answer for answer in answers if isinstance(answer, ReplicaStats)])
+            elif started_s - answered_s > STALE_AFTER_S:
+                self._take_stats([])
+            await asyncio.sleep(max(0.0, started_s + POLL_PERIOD_S - time.monotonic()))
+
+    def _take_stats(self, stats: list[ReplicaStats]) -> None:
+        self.reachable = len(stats)
+        self._stats.extend(self._slots.place(stats))
+        if self._stats:
+            self._wake.set()

@@ -1,0 +1,152 @@
+"""What a cluster on this host leaves outside of its own memory, and how all of it is removed.
+
+    processes        every descendant of this one; orphans too, because this process adopts them (a "child subreaper")
+    shared memory    /dev/shm/ellm-<cluster id>-*, and Python's /dev/shm/psm_* that our processes have mapped
+    temporary files  one folder, ellm-<cluster id>, with Ray's sockets and logs
+
+Where the owner was killed outright, the kernel ends Ray with it, and the next start removes the files that were left.
+"""
+
+import contextlib
+import ctypes
+import os
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+
+import psutil
+
+SHM = Path("/dev/shm")
+_PREFIX = "ellm-"
+_OWNER_FILE = "owner.pid"
+_PR_SET_CHILD_SUBREAPER = 36
+_KILL_ROUNDS = 3
+_MAX_TEMP_ROOT = 30
+"""Ray puts Unix sockets below its folder; their whole path may have 107 characters, of which its own part takes about
+70."""
+
+
+class Footprint:
+    """The processes and files of one cluster. Made before anything is started; ``clear`` ends and removes them all."""
+
+    def __init__(self) -> None:
+        _adopt_orphans()
+        self.cluster_id = secrets.token_hex(4)
+        self._not_ours = {child.pid for child in psutil.Process().children(recursive=True)}
+        self.folder = _temp_root() / f"{_PREFIX}{self.cluster_id}"
+        self.folder.mkdir(mode=0o700)
+        (self.folder / _OWNER_FILE).write_text(str(os.getpid()), encoding="ascii")
+
+    def processes(self) -> list[psutil.Process]:
+        """Living descendants that were started since this footprint was made."""
+        children = psutil.Process().children(recursive=True)
+        return [child for child in children if child.pid not in self._not_ours and _alive(child)]
+
+    def ray_lives(self) -> bool:
+        """False where Ray's control store or its node process is not there: then no call into Ray comes back."""
+        return {_name(process) for process in self.processes()} >= {"gcs_server", "raylet"}
+
+    def clear(self, patience_s: float = 5.0) -> list[str]:
+        """End every process, gently first, and remove every file. Returns the commands of processes that had to be
+        killed."""
+        left = self.processes()
+        mapped = {path for process in left for path in _mapped_segments(process)}
+        for process in left:
+            _signal(process, kill=False)
+        psutil.wait_procs(left, timeout=patience_s)
+        killed = []
+        for _ in range(_KILL_ROUNDS):  # again, because a dying process may leave children of its own
+            left = self.processes()
+            killed += [_command(process) for process in left]
+            for process in left:
+                _signal(process, kill=True)
+            psutil.wait_procs(left, timeout=patience_s)
+        self._reap()
+        for path in mapped:
+            path.unlink(missing_ok=True)
+        _remove(self.cluster_id, self.folder)
+        return killed
+
+    def _reap(self) -> None:
+        """Collect adopted children that ended by themselves: in a container nobody else may do it after us."""
+        for child in psutil.Process().children():
+            if child.pid not in self._not_ours:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(child.pid, os.WNOHANG)
+
+
+def remove_leftovers() -> list[str]:
+    """Remove the files of clusters whose owner is dead; returns their cluster ids."""
+    removed = []
+    for folder in _temp_root().glob(f"{_PREFIX}*/"):
+        try:
+            owner = int((folder / _OWNER_FILE).read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            continue  # not ours, or of another user
+        if not psutil.pid_exists(owner):
+            cluster_id = folder.name.removeprefix(_PREFIX)
+            _remove(cluster_id, folder)
+            removed.append(cluster_id)
+    return removed
+
+
+def _remove(cluster_id: str, folder: Path) -> None:
+    for path in SHM.glob(f"{_PREFIX}{cluster_id}-*"):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temp_root() -> Path:
+    chosen = Path(tempfile.gettempdir())
+    return chosen if len(str(chosen)) <= _MAX_TEMP_ROOT else Path("/tmp")
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent dies (prctl(2)). Linux only; elsewhere orphans are not
+    found."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "prctl"):
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _mapped_segments(process: psutil.Process) -> set[Path]:
+    """Segments of multiprocessing.shared_memory in the process: a killed one leaves them (vLLM's executor has some)."""
+    try:
+        lines = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    return {
+        Path(line.split(maxsplit=5)[5]) for line in lines if f" {SHM}/psm_" in line and not line.endswith("(deleted)")
+    }
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _signal(process: psutil.Process, *, kill: bool) -> None:
+    try:
+        if kill:
+            process.kill()
+        else:
+            process.terminate()
+    except psutil.NoSuchProcess:
+        pass
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return str(process.name())
+    except psutil.Error:
+        return ""
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return f"{process.pid} {' '.join(process.cmdline()[:4])}"
+    except psutil.Error:
+        return str(process.pid)

@@ -1,0 +1,77 @@
+"""What one ingress process holds: for each model a ClusterEngine over its replicas, and the API over all of them."""
+
+import asyncio
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry
+from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+from vllm.config import VllmConfig
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app as build_vllm_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from cluster.api import ServedModel, build_api
+from cluster.api_metrics import MetricsEndpoint, stat_logger_in
+from cluster.core_client import ClusterCore
+from cluster.engine import ClusterEngine, check_upstream
+from replicas.engine_config import build_engine_args
+from replicas.replica import ReplicaInfo
+
+if TYPE_CHECKING:
+    from cluster.app import ApiModel
+
+
+async def build_ingress(
+    models: "Sequence[ApiModel]", engines: Sequence[DeploymentHandle[Any]], replica_limit: int
+) -> Starlette:
+    """The application over ``engines``, one handle for each of ``models``. Waits for a replica of each.
+
+    Args:
+        replica_limit: requests that one replica takes at once.
+
+    Raises UpstreamChangedError for another vLLM than the supported one, and what vLLM raises for settings it refuses.
+    """
+    check_upstream()
+    registries = [CollectorRegistry() for _ in models]
+    each = zip(models, engines, registries, strict=True)
+    served = await asyncio.gather(*(_serve(*parts, replica_limit) for parts in each))
+    return build_api(served, MetricsEndpoint(registries, {model.name: model.engine.engine_core for model in served}))
+
+
+def vllm_args(model: "ApiModel") -> Namespace:
+    """vLLM's server arguments: its defaults but for what the cluster decides."""
+    line = ["--model", model.spec.model_path, "--served-model-name", model.spec.model_name]
+    line += ["--enable-server-load-tracking"]
+    if model.tool_call_parser is not None:
+        line += ["--enable-auto-tool-choice", "--tool-call-parser", model.tool_call_parser]
+    if model.reasoning_parser is not None:
+        line += ["--reasoning-parser", model.reasoning_parser]
+    args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(line)  # type: ignore[no-untyped-call]
+    return args
+
+
+async def _serve(
+    model: "ApiModel", handle: DeploymentHandle[Any], registry: CollectorRegistry, replica_limit: int
+) -> ServedModel:
+    config = build_engine_args(model.spec).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    args = vllm_args(model)
+    info: ReplicaInfo = await handle.info.remote()
+    _learn(config, info)
+    core = ClusterCore(model.spec.model_name, handle, info, model.replicas, replica_limit)
+    engine = ClusterEngine(config, core, [stat_logger_in(registry)])
+    tasks = await engine.get_supported_tasks()
+    app = build_vllm_app(args, tasks, engine.model_config)
+    await init_app_state(engine, app.state, args, tasks)
+    return ServedModel(model.spec.model_name, engine, app)
+
+
+def _learn(config: VllmConfig, info: ReplicaInfo) -> None:
+    """Take over what the engine found out at its start, as vLLM's own client does from its engine's ready message."""
+    config.model_config.max_model_len = min(config.model_config.max_model_len, info.max_model_len)
+    config.cache_config.num_gpu_blocks = info.kv_blocks
+    config.cache_config.block_size = info.block_tokens

@@ -1,0 +1,245 @@
+"""Starts a cluster on this host, stage by stage, and stops it in reverse order without leaving anything.
+
+    check -> model -> memory -> engine -> ray -> control -> replicas -> ready
+
+Each stage that starts something first notes how to undo it. Whatever fails or interrupts a stage, ``stop`` undoes the
+finished ones, then ends every process and removes every file that is left (``cluster.footprint``).
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from cluster.config import ClusterConfig, ModelConfig
+from cluster.default_model import DefaultModelError
+from cluster.footprint import Footprint, remove_leftovers
+from cluster.host_memory import free_memory_bytes
+from cluster.launch_error import LaunchError, keep_logs, root_cause
+from cluster.models import ModelFacts, read_facts, resolve_source
+from cluster.preflight import check_platform, check_port
+from cluster.readiness import answer_once
+from cluster.sizing import GIB, MIB, Sizing, plan_sizes
+from memory_agent.errors import SettingsError
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ApplicationStatusOverview
+
+    from memory_agent.agent import AgentSpec
+
+APP_NAME = "ellm"
+_OBJECT_STORE_BYTES = 128 * MIB
+_DEVICE = "cpu"
+_CONTROL_TIMEOUT_S = 60.0
+_POLL_S = 0.5
+_SAY_AGAIN_S = 15.0
+_STOP_PATIENCE_S = 10.0
+_UNDO_TIMEOUT_S = 30.0
+
+Report = Callable[[str, float, str], None]
+"""Called with a stage's name, the seconds since it began, and a line of text."""
+
+
+class LocalCluster:
+    """A cluster on this host: a context manager that starts it on entry and leaves nothing on exit.
+
+    Only one can run in a process, because Ray connects a process to one cluster.
+
+    Attributes:
+        url: where the API answers.
+        sizing: what it was started with, once the stage "memory" is done.
+        interruptible: False once a KeyboardInterrupt has cut the stop short; signal handlers must not raise another.
+    """
+
+    def __init__(self, config: ClusterConfig, report: Report) -> None:
+        self.config = config
+        self.sizing: Sizing | None = None
+        self.footprint: Footprint | None = None
+        self.interruptible = True
+        host = config.http.host
+        self.url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{config.http.port}"
+        self._report = report
+        self._undo: list[tuple[str, Callable[[], None]]] = []
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Run every stage. Where one fails or is interrupted, everything is stopped first. Raises LaunchError."""
+        try:
+            with self._stage("check") as say:
+                self._check(say)
+            with self._stage("model") as say:
+                facts = [self._resolve(model, say) for model in self.config.models]
+            with self._stage("memory") as say:
+                sizing = self.sizing = self._size(facts, say)
+            with self._stage("engine") as say:
+                self._check_engines(sizing, say)
+            self.footprint = Footprint()
+            with self._stage("ray") as say:
+                self._start_ray(self.footprint)
+                say(f"local cluster {self.footprint.cluster_id}")
+            with self._stage("control") as say:
+                agent_spec = self._start_control(sizing, self.footprint)
+                say("memory agent and controller are up")
+            with self._stage("replicas") as say:
+                self._start_replicas(sizing, agent_spec, say)
+            with self._stage("ready") as say:
+                for model in self.config.models:
+                    say(f"{model.name} answers: {answer_once(self.url, model.name)!r}")
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stop what was started, in reverse order; a KeyboardInterrupt skips to killing. Safe to call twice."""
+        footprint, self.footprint = self.footprint, None
+        if footprint is None:
+            return
+        began = time.monotonic()
+        self._report("stop", 0.0, "stopping what was started; Ctrl-C kills at once")
+        try:
+            while self._undo:
+                what, undo = self._undo.pop()
+                self._report("stop", time.monotonic() - began, what)
+                _run_while(footprint.ray_lives, undo, _UNDO_TIMEOUT_S)
+            killed = footprint.clear(_STOP_PATIENCE_S)
+        except KeyboardInterrupt:
+            self.interruptible = False
+            killed = footprint.clear(0.0)
+        self._undo.clear()
+        ended = f"; {len(killed)} processes had to be killed" if killed else ""
+        self._report("stop", time.monotonic() - began, f"nothing is left{ended}")
+
+    @contextlib.contextmanager
+    def _stage(self, name: str) -> Iterator[Callable[[str], None]]:
+        began = time.monotonic()
+        try:
+            yield lambda line: self._report(name, time.monotonic() - began, line)
+        except (SettingsError, DefaultModelError) as error:
+            raise LaunchError(name, str(error)) from error
+        except LaunchError:
+            raise
+        except Exception as error:  # Ray, Serve and vLLM raise anything; the user is told the stage and the root
+            raise LaunchError(name, root_cause(f"{type(error).__name__}: {error}"), self._logs()) from error
+
+    def _check(self, say: Callable[[str], None]) -> None:
+        for cluster_id in remove_leftovers():
+            say(f"removed files that the killed cluster {cluster_id} had left")
+        check_port(self.config.http.host, self.config.http.port)
+        check_platform()
+        say(f"configuration fits, {self.config.http.host}:{self.config.http.port} is free")
+
+    def _resolve(self, model: ModelConfig, say: Callable[[str], None]) -> ModelFacts:
+        facts = read_facts(resolve_source(model.source, say), model)
+        say(f"{model.name}: {facts.weights_bytes / MIB:.0f} MiB of {facts.dtype} weights in {facts.path}")
+        return facts
+
+    def _size(self, facts: list[ModelFacts], say: Callable[[str], None]) -> Sizing:
+        sizing = plan_sizes(self.config, facts, free_memory_bytes())
+        for model, spec in zip(self.config.models, sizing.specs, strict=True):
+            say(
+                f"{model.replicas} x {spec.model_name}, {spec.max_model_len} tokens: KV in MiB "
+                f"{spec.kv_rest_bytes // MIB} at rest, {spec.kv_guarantee_bytes // MIB} guaranteed, "
+                f"{spec.kv_ceiling_bytes // MIB} at most"
+            )
+        say(f"KV budget {sizing.budget_bytes / GIB:.2f} GiB; the cluster needs {sizing.needed_bytes / GIB:.2f} GiB")
+        return sizing
+
+    def _check_engines(self, sizing: Sizing, say: Callable[[str], None]) -> None:
+        from cluster.engine_check import check_engine
+
+        for spec in sizing.specs:
+            check_engine(spec)
+        say("vLLM accepts the settings")
+
+    def _start_ray(self, footprint: Footprint) -> None:
+        from cluster.local_ray import start_ray, stop_ray
+
+        self._undo.append(("ray", stop_ray))
+        actors = sum(model.replicas for model in self.config.models) + self.config.http.ingress_replicas
+        # CPUs are only Ray's bookkeeping here, a tenth an actor. Not the machine's: Ray starts as many idle workers.
+        start_ray(footprint, num_cpus=2 + actors // 10, object_store_bytes=_OBJECT_STORE_BYTES)
+
+    def _start_control(self, sizing: Sizing, footprint: Footprint) -> "AgentSpec | None":
+        """The controller and, where an engine is elastic, the memory agent. Waits until both answer."""
+        import ray
+
+        from cluster.controller import ensure_controller
+        from memory_agent.agent import AgentSpec, ensure_agent
+
+        waiting = [ensure_controller(self.config.controller).snapshot.remote()]
+        agent_spec = None
+        if sizing.budget_bytes:
+            agent_spec = AgentSpec(cluster_id=footprint.cluster_id, device=_DEVICE, budget_bytes=sizing.budget_bytes)
+            waiting.append(ensure_agent(agent_spec).describe.remote())
+        ray.get(waiting, timeout=_CONTROL_TIMEOUT_S)
+        return agent_spec
+
+    def _start_replicas(self, sizing: Sizing, agent_spec: "AgentSpec | None", say: Callable[[str], None]) -> None:
+        from ray import serve
+
+        from cluster.app import build_app
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        http = self.config.http
+        # Not serve.shutdown: that prints an error of its own about the Serve controller, which ends with Ray anyway.
+        self._undo.append(("replicas and API", lambda: serve.delete(APP_NAME)))
+        serve.start(http_options={"host": http.host, "port": http.port}, logging_config={"log_level": "WARNING"})
+        target = serve.RunTarget(build_app(self.config, sizing.specs, agent_spec), name=APP_NAME, route_prefix="/")
+        serve.run_many([target], wait_for_applications_running=False)
+        self._wait_until_running(say)
+
+    def _wait_until_running(self, say: Callable[[str], None]) -> None:
+        from ray import serve
+
+        said, said_at = "", 0.0
+        while True:
+            app = serve.status().applications[APP_NAME]
+            if (line := _progress(app)) != said or time.monotonic() > said_at + _SAY_AGAIN_S:
+                say(line)
+                said, said_at = line, time.monotonic()
+            if app.status == "RUNNING":
+                return
+            if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                messages = [app.message, *(d.message for d in app.deployments.values() if d.status != "HEALTHY")]
+                raise LaunchError("replicas", root_cause("\n".join(messages)), self._logs())
+            time.sleep(_POLL_S)
+
+    def _logs(self) -> Path | None:
+        return keep_logs(self.footprint.folder) if self.footprint else None
+
+
+def _run_while(lives: Callable[[], bool], work: Callable[[], None], timeout_s: float) -> None:
+    """Run ``work`` in a thread, and wait for it no longer than ``timeout_s`` and no longer than Ray lives.
+
+    Calls into a Ray cluster that is gone block for a minute. What they raise cannot help a stop that goes on anyway.
+    """
+
+    def quietly() -> None:
+        with contextlib.suppress(Exception):
+            work()
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + timeout_s
+    while thread.is_alive() and time.monotonic() < deadline and lives():
+        thread.join(_POLL_S)
+
+
+def _progress(app: "ApplicationStatusOverview") -> str:
+    parts = []
+    for name, deployment in app.deployments.items():
+        running = sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
+        parts.append(f"{name} {running}/{sum(deployment.replica_states.values())}")
+    return ", ".join(parts) or "starting"

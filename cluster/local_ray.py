@@ -1,0 +1,52 @@
+"""A Ray cluster of this host's own: it joins no other one, and no other one joins it."""
+
+import logging
+import os
+import secrets
+import signal
+
+from cluster.footprint import Footprint
+
+_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_COLOR": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_CLEARED = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "VLLM_CPU_KVCACHE_SPACE")
+"""Each would overrule what the configuration says: another cluster, another token, another KV size."""
+
+
+def start_ray(footprint: Footprint, num_cpus: int, object_store_bytes: int) -> None:
+    """Start Ray below ``footprint.folder`` and connect this process to it. Its token lives in the environment of our
+    processes alone."""
+    for name in _CLEARED:
+        os.environ.pop(name, None)
+    os.environ.update(_ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
+    import ray
+
+    from memory_agent.controller_link import NAMESPACE
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        num_gpus=0,
+        object_store_memory=object_store_bytes,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        namespace=NAMESPACE,
+        _temp_dir=str(footprint.folder),
+    )
+    for number, handler in handlers.items():
+        signal.signal(number, handler)  # ray.init puts its own in place of SIGTERM's
+
+
+def stop_ray() -> None:
+    """Disconnect and end Ray's processes. Nothing happens where Ray is not running."""
+    import ray
+
+    ray.shutdown()

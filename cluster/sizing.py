@@ -1,0 +1,238 @@
+"""Pure arithmetic: from configuration, model facts and free memory to engine settings and the device's KV budget.
+
+    free memory of the host
+    |<- base ->|<---- each replica: process + weights (+ static KV) ---->|<------------- room ------------->|
+                                                                         |<-------- budget ------->|
+                                                                         |<- guarantees ->|  lent  |
+    one engine's KV:  rest <= guarantee <= ceiling <= budget
+
+``guarantee`` is one longest request: ``max_model_len`` in whole KV blocks, one block more because a request's last
+block is prepared ahead, and vLLM's null block. What is above the guarantees goes to whoever needs it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.config import ClusterConfig, ModelConfig
+from cluster.models import ModelFacts
+from memory_agent.errors import SettingsError
+from memory_agent.lease_board import LIMIT_UNIT_BYTES
+from replicas.spec import EngineSpec
+
+MIB, GIB = 1 << 20, 1 << 30
+BASE_BYTES = 7 * GIB // 4
+"""Ray, Serve's controller and proxy, the memory agent, the controller and the ingress: 1.5 GiB measured."""
+REPLICA_BYTES = 3 * GIB // 2
+"""Replica actor, engine core and worker of one engine without weights and KV: 1.2 GiB measured, and room for
+activations."""
+_BLOCK_TOKENS = 128
+"""vLLM's default KV block on CPU."""
+_SPARE_BLOCKS = 2
+_REST_SHARE = 64
+_CEILING_OVER_REST = 4
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """What a cluster is started with.
+
+    Attributes:
+        specs: engine settings, one a model, in the order of the configuration.
+        budget_bytes: KV bytes that all elastic engines of the device share.
+        needed_bytes: memory the whole cluster can come to hold; at most the free memory it was computed from.
+    """
+
+    specs: tuple[EngineSpec, ...]
+    budget_bytes: int
+    needed_bytes: int
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """One model's sizes before the budget is known; every replica of it has the same."""
+
+    model: ModelConfig
+    facts: ModelFacts
+
+    @property
+    def block_tokens(self) -> int:
+        return int(self.model.engine_args.get("block_size") or _BLOCK_TOKENS)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.facts.kv_token_bytes * self.block_tokens
+
+    @property
+    def longest_bytes(self) -> int:
+        return (math.ceil(self.facts.max_model_len / self.block_tokens) + _SPARE_BLOCKS) * self.block_bytes
+
+    @property
+    def guarantee_bytes(self) -> int:
+        return -_down(-self.longest_bytes, LIMIT_UNIT_BYTES)
+
+    @property
+    def static_bytes(self) -> int:
+        """KV bytes held all the time by one replica that is not elastic."""
+        return 0 if self.model.elastic else self.model.kv_ceiling or 2 * self.longest_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        return REPLICA_BYTES + self.facts.weights_bytes + self.static_bytes
+
+
+def plan_sizes(config: ClusterConfig, facts: Sequence[ModelFacts], free_bytes: int) -> Sizing:
+    """Sizes for ``config``; ``facts`` belong to ``config.models``, ``free_bytes`` is what the host can give.
+
+    Raises SettingsError where the memory, a budget or a ceiling is too small: with what is needed and what would fit.
+    """
+    engines = [_Engine(model, fact) for model, fact in zip(config.models, facts, strict=True)]
+    fixed = BASE_BYTES + sum(e.model.replicas * e.fixed_bytes for e in engines)
+    elastic = [e for e in engines if e.model.elastic]
+    guarantees = sum(e.model.replicas * e.guarantee_bytes for e in elastic)
+    room = free_bytes - fixed
+    if room < guarantees:
+        raise SettingsError(
+            f"too little memory: {_gib(fixed + guarantees)} are needed ({_parts(engines)}), {_gib(free_bytes)} are "
+            "free. " + _what_fits(engines, free_bytes)
+        )
+    budget = _budget(config, elastic, guarantees, room)
+    specs = tuple(_spec(engine, budget, config.memory.rest) for engine in engines)
+    return Sizing(specs=specs, budget_bytes=budget, needed_bytes=fixed + budget)
+
+
+def _budget(config: ClusterConfig, elastic: Sequence[_Engine], guarantees: int, room: int) -> int:
+    wanted = config.memory.budget
+    if not elastic:
+        return 0
+    if wanted is None:
+        return _down(min(max(2 * guarantees, GIB), room), LIMIT_UNIT_BYTES)
+    if wanted < guarantees:
+        tokens = _longest_request(elastic, wanted)
+        remedy = f"max_model_len of {tokens} fits" if tokens > 0 else "fewer replicas are needed"
+        raise SettingsError(
+            f"memory.budget is {_mib(wanted)}, but one longest request of every replica needs {_mib(guarantees)}: "
+            f"raise it to {_mib(guarantees)}; or with this budget, {remedy}"
+        )
+    if wanted > room:
+        raise SettingsError(
+            f"memory.budget is {_mib(wanted)}, but beside the processes and weights only {_mib(_down(room, MIB))} are "
+            f"free: lower it to at most {_mib(_down(room, MIB))}"
+        )
+    return _down(wanted, LIMIT_UNIT_BYTES)
+
+
+def _spec(engine: _Engine, budget: int, wanted_rest: int | None) -> EngineSpec:
+    model, facts = engine.model, engine.facts
+    ceiling, rest = _elastic_sizes(engine, budget, wanted_rest) if model.elastic else _static_sizes(engine)
+    return EngineSpec(
+        model_name=model.name,
+        model_path=str(facts.path),
+        max_model_len=facts.max_model_len,
+        kv_ceiling_bytes=ceiling,
+        kv_rest_bytes=rest,
+        kv_guarantee_bytes=engine.guarantee_bytes,
+        weights_bytes=facts.weights_bytes,
+        dtype=facts.dtype,
+        max_num_seqs=model.max_num_seqs,
+        max_num_batched_tokens=model.max_num_batched_tokens,
+        elastic=model.elastic,
+        async_scheduling=model.async_scheduling,
+        # Without compilation and with explicit KV bytes vLLM skips its warm-up: seconds instead of a minute to start.
+        engine_args={"enforce_eager": True, **model.engine_args},
+    )
+
+
+def _elastic_sizes(engine: _Engine, budget: int, wanted_rest: int | None) -> tuple[int, int]:
+    """(ceiling, rest) in whole KV blocks."""
+    name, block = engine.model.name, engine.block_bytes
+    wanted = engine.model.kv_ceiling if engine.model.kv_ceiling is not None else budget
+    ceiling = _down(wanted, block)
+    if wanted > budget:
+        raise SettingsError(
+            f"model {name}: kv_ceiling is {_mib(wanted)}, more than the budget of {_mib(budget)}; lower one or raise "
+            "the other"
+        )
+    _check_ceiling(engine, ceiling)
+    least = _SPARE_BLOCKS * block
+    if least * _CEILING_OVER_REST > ceiling:
+        raise SettingsError(
+            f"model {name}: a ceiling of {_mib(ceiling)} is too small to be elastic, because two KV blocks of "
+            f"{_mib(block)} always stay; raise it to {_mib(least * _CEILING_OVER_REST)}, or set elastic: false"
+        )
+    rest = max(least, _down(ceiling // _REST_SHARE if wanted_rest is None else wanted_rest, block))
+    if rest * _CEILING_OVER_REST > ceiling:
+        raise SettingsError(
+            f"model {name}: memory.rest is {_mib(wanted_rest or rest)}, more than a quarter of the ceiling of "
+            f"{_mib(ceiling)}; lower it to at most {_mib(_down(ceiling // _CEILING_OVER_REST, MIB))}"
+        )
+    return ceiling, rest
+
+
+def _static_sizes(engine: _Engine) -> tuple[int, int]:
+    ceiling = _down(engine.static_bytes, engine.block_bytes)
+    _check_ceiling(engine, ceiling)
+    return ceiling, ceiling
+
+
+def _check_ceiling(engine: _Engine, ceiling: int) -> None:
+    if ceiling < engine.longest_bytes:
+        tokens = max(0, ceiling // engine.block_bytes - _SPARE_BLOCKS) * engine.block_tokens
+        raise SettingsError(
+            f"model {engine.model.name}: kv_ceiling is {_mib(ceiling)}, but one longest request needs "
+            f"{_mib(engine.longest_bytes)}; raise it to that"
+            + (f", or set max_model_len to at most {tokens}" if tokens else "")
+        )
+
+
+def _what_fits(engines: Sequence[_Engine], free_bytes: int) -> str:
+    """The largest change of one setting that would fit, in words."""
+    options = []
+    each = sum(e.fixed_bytes + (e.guarantee_bytes if e.model.elastic else 0) for e in engines)
+    replicas = (free_bytes - BASE_BYTES) // each
+    if replicas >= 1:
+        options.append(f"set replicas to {replicas}" + (" for every model" if len(engines) > 1 else ""))
+    elastic = [e for e in engines if e.model.elastic]
+    room = free_bytes - BASE_BYTES - sum(e.model.replicas * e.fixed_bytes for e in engines)
+    tokens = _longest_request(elastic, room)
+    if tokens > 0:
+        options.append(f"set max_model_len to at most {tokens}")
+    if not options:
+        least = _gib(BASE_BYTES + each)
+        return f"Not even one replica of each model fits ({least}): free memory, or serve a smaller model."
+    return f"What would fit: {', or '.join(options)}."
+
+
+def _longest_request(elastic: Sequence[_Engine], kv_bytes: int) -> int:
+    """Largest max_model_len, common to all, whose guarantees fit into ``kv_bytes``; 0 where there is none."""
+    if not elastic:
+        return 0
+    step = math.lcm(*(e.block_tokens for e in elastic))
+    per_token = sum(e.model.replicas * e.facts.kv_token_bytes for e in elastic)
+    spare = sum(e.model.replicas * (_SPARE_BLOCKS * e.block_bytes + LIMIT_UNIT_BYTES) for e in elastic)
+    return _down(max(0, kv_bytes - spare) // per_token, step)
+
+
+def _parts(engines: Sequence[_Engine]) -> str:
+    parts = [f"{_gib(BASE_BYTES)} for Ray and the API"]
+    for e in engines:
+        kv = e.guarantee_bytes if e.model.elastic else e.static_bytes
+        parts.append(
+            f"{e.model.replicas} x {_gib(REPLICA_BYTES + e.facts.weights_bytes + kv)} for {e.model.name}: process "
+            f"{_gib(REPLICA_BYTES)}, weights {_gib(e.facts.weights_bytes)}, KV of {e.facts.max_model_len} tokens "
+            f"{_gib(kv)}"
+        )
+    return "; ".join(parts)
+
+
+def _down(value: int, unit: int) -> int:
+    return value // unit * unit
+
+
+def _gib(value: int) -> str:
+    return f"{value / GIB:.2f} GiB"
+
+
+def _mib(value: int) -> str:
+    """Rounded up, so that a value copied from a message is enough; a round one stays."""
+    return f"{math.ceil(value / MIB)}MiB"

@@ -1,0 +1,52 @@
+"""One real cluster that the integration tests share: two replicas of the default model on Ray, with agent and
+controller."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.config import ClusterConfig, HttpConfig, ModelConfig
+from cluster.launcher import LocalCluster
+
+# Ray reads this once, when it is imported first, and the test modules import it before any cluster is started.
+os.environ["RAY_AUTH_MODE"] = "token"
+
+MAX_MODEL_LEN = 2048
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the shared cluster first: those that only need some Ray then find it connected and start none of
+    their own."""
+    items.sort(key=lambda item: not {"cluster", "local_cluster"} & set(getattr(item, "fixturenames", ())))
+
+
+@pytest.fixture(scope="session")
+def local_cluster() -> Iterator[LocalCluster]:
+    """The cluster. This process is connected to its Ray, in the namespace ``ellm``."""
+    model = ModelConfig(replicas=2, max_model_len=MAX_MODEL_LEN, max_num_seqs=16)
+    config = ClusterConfig(models=[model], http=HttpConfig(port=_free_port()))
+    log = logging.getLogger("local_cluster")
+    with LocalCluster(config, lambda stage, seconds, line: log.info("%s %.1f s: %s", stage, seconds, line)) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def cluster(local_cluster: LocalCluster) -> str:
+    """The base URL of the cluster's API, without /v1."""
+    return local_cluster.url
+
+
+@pytest.fixture(scope="session")
+def model(local_cluster: LocalCluster) -> str:
+    """The name that requests use for the cluster's model."""
+    return local_cluster.config.models[0].name
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

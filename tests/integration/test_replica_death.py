@@ -1,0 +1,75 @@
+"""A replica that is killed while it streams: what its clients see, and that nothing of it stays."""
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import psutil
+import pytest
+
+TOKENS = 60
+DEADLINE_S = 150.0
+
+pytestmark = pytest.mark.slow
+
+
+def engine_replicas() -> list[psutil.Process]:
+    """Processes of this host's engine replicas, below this process."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "ServeReplica:ellm:engine" in " ".join(process.cmdline()):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def stream(url: str, model: str) -> tuple[int, bool]:
+    """Tokens of one streamed completion, and whether it ended with an error."""
+    body = {"model": model, "prompt": "Hello", "max_tokens": TOKENS, "stream": True, "ignore_eos": True}
+    tokens, failed = 0, False
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=90, trust_env=False) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                failed = failed or "error" in event
+                tokens += "choices" in event
+    return tokens, failed
+
+
+def until(reached: Callable[[], bool], what: str) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not reached():
+        assert time.monotonic() < deadline_s, f"not within {DEADLINE_S:g} s: {what}"
+        time.sleep(0.1)
+
+
+def test_killed_replica(cluster: str, model: str) -> None:
+    """SIGKILL of a replica ends its own streams with an error that is one, and no other; requests that come during and
+    after it are answered; its engine's processes end with it; and another replica takes its place."""
+
+    def metric(name: str) -> float:
+        lines = httpx.get(f"{cluster}/metrics", trust_env=False).text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+
+    until(lambda: metric("ellm_replicas_reachable") == 2, "both replicas answer")
+    victim = engine_replicas()[0]
+    engine = victim.children(recursive=True)
+    assert len(engine) >= 2, "an engine core and a worker"
+    with ThreadPoolExecutor(8) as pool:
+        before = [pool.submit(stream, cluster, model) for _ in range(4)]
+        until(lambda: metric("vllm:num_requests_running") == 4, "four streams run")
+        victim.kill()
+        during = [pool.submit(stream, cluster, model) for _ in range(4)]
+        ends = [future.result() for future in before]
+        assert [future.result() for future in during] == [(TOKENS, False)] * 4
+    whole = [end for end in ends if end == (TOKENS, False)]
+    broken = [tokens for tokens, failed in ends if failed]
+    assert (len(whole), len(broken)) == (2, 2), "two on each replica"
+    assert all(tokens < TOKENS for tokens in broken)
+    assert not psutil.wait_procs(engine, timeout=20)[1], "processes of the killed replica's engine"
+    until(lambda: metric("ellm_replicas_reachable") == 2, "another replica has taken its place")
+    assert httpx.get(f"{cluster}/health", trust_env=False).status_code == 200

@@ -1,0 +1,39 @@
+"""Small checkpoints on disk, without any weights that mean something."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+Checkpoint = Callable[..., Path]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    """Makes a folder with a Llama's config.json, changed by keyword (None removes a key), and tensors of 1,000 floats
+    and 10 ints."""
+
+    def make(name: str = "tiny", dtype: torch.dtype = torch.float32, **changes: object) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        config: dict[str, object] = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "dtype": "float32",
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "hidden_size": 256,
+            "max_position_embeddings": 2048,
+        } | changes
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        save_file(
+            {"a": torch.zeros(10, 100, dtype=dtype), "b": torch.zeros(10, dtype=torch.int32)},
+            folder / "model.safetensors",
+        )
+        return folder
+
+    return make

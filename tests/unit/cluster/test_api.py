@@ -1,0 +1,182 @@
+"""The application in front of vLLM's: routes, refusals, several models, metrics."""
+
+import json
+from collections.abc import AsyncIterator, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from starlette.routing import Mount, Route
+from vllm.entrypoints.launchers.app import build_app as build_vllm_app
+
+import cluster.api
+from cluster.api import ServedModel, build_api
+from cluster.api_metrics import CoreCollector, MergedRegistry, MetricsEndpoint
+from cluster.api_routes import API_ROUTES, RouteState, routes_table
+from cluster.app import ApiModel
+from cluster.cluster_status import ControllerAwayError
+from cluster.ingress import vllm_args
+from replicas.spec import EngineSpec
+
+
+def spec(name: str) -> EngineSpec:
+    return EngineSpec(
+        model_name=name,
+        model_path="/models/" + name,
+        max_model_len=128,
+        kv_ceiling_bytes=1,
+        kv_rest_bytes=1,
+        kv_guarantee_bytes=1,
+        weights_bytes=1,
+    )
+
+
+def served(name: str) -> ServedModel:
+    """A model whose application says who it is and echoes the body."""
+    app = FastAPI()
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> dict[str, Any]:
+        return {"by": name, "body": (await request.body()).decode()}
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"by": name}
+
+    async def show_available_models() -> Any:
+        return SimpleNamespace(data=[SimpleNamespace(model_dump=lambda: {"id": name})])
+
+    app.state.openai_serving_models = SimpleNamespace(show_available_models=show_available_models)
+    core = SimpleNamespace(reachable=1, in_flight=2, retried=3)
+    engine: Any = SimpleNamespace(engine_core=core, shutdown=lambda: None)
+    return ServedModel(name, engine, app)
+
+
+def client(models: list[ServedModel]) -> httpx.AsyncClient:
+    cores = {model.name: model.engine.engine_core for model in models}
+    api = build_api(models, MetricsEndpoint([CollectorRegistry()], cores))
+    return httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://api")
+
+
+@pytest.fixture
+async def two() -> AsyncIterator[httpx.AsyncClient]:
+    async with client([served("small"), served("large")]) as both:
+        yield both
+
+
+def paths(routes: Iterable[Any]) -> set[str]:
+    return {route.path for route in routes if isinstance(route, Route | Mount) and route.path}
+
+
+def test_every_route_of_vllm_is_in_the_table() -> None:
+    """No route of vLLM's application is without a word on whether it works here."""
+    args = vllm_args(ApiModel(spec("m"), 1, "hermes", None))
+    app = build_vllm_app(args, ("generate",), None)
+    assert paths(app.routes) - {route.path for route in API_ROUTES} == set()
+
+
+def test_each_route_is_in_the_table_once() -> None:
+    """The table does not contradict itself, and the printed one has a line for each route."""
+    listed = [route.path for route in API_ROUTES]
+    assert len(listed) == len(set(listed))
+    assert len(routes_table().splitlines()) == len(listed) + 2
+
+
+@pytest.mark.parametrize("route", [route for route in API_ROUTES if route.state is RouteState.NOT_YET])
+async def test_what_does_not_work_says_so(two: httpx.AsyncClient, route: Any) -> None:
+    """A route that does not work yet answers any method with 404 in OpenAI's error form, and says why."""
+    path = route.path.replace("{response_id}", "resp_1")
+    for method in ("GET", "POST"):
+        answer = await two.request(method, path, json={})
+        assert answer.status_code == 404
+        assert route.note in answer.json()["error"]["message"]
+
+
+async def test_the_body_chooses_the_model(two: httpx.AsyncClient) -> None:
+    """A request goes to the application of the model that it names, with its body whole."""
+    for name in ("large", "small"):
+        body = {"model": name, "prompt": "x" * 200_000}
+        answer = (await two.post("/v1/completions", json=body)).json()
+        assert (answer["by"], json.loads(answer["body"])) == (name, body)
+
+
+async def test_a_body_in_pieces_arrives_whole(two: httpx.AsyncClient) -> None:
+    """A body that is sent in pieces is put together for the choice and passed on unchanged."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for piece in (b'{"mod', b'el": "la', b'rge"}'):
+            yield piece
+
+    answer = (await two.post("/v1/completions", content=pieces())).json()
+    assert answer == {"by": "large", "body": '{"model": "large"}'}
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"model": 3}', b'{"model": "other"}', b'{"a": 1}'])
+async def test_what_names_no_model_gets_vllms_own_error(two: httpx.AsyncClient, body: bytes) -> None:
+    """Bodies that name none of the models go to the first application unchanged: it knows the right error."""
+    answer = (await two.post("/v1/completions", content=body)).json()
+    assert answer == {"by": "small", "body": body.decode()}
+
+
+async def test_models_are_listed_together(two: httpx.AsyncClient) -> None:
+    """/v1/models shows the models of all applications; other GET requests go to the first."""
+    assert [card["id"] for card in (await two.get("/v1/models")).json()["data"]] == ["small", "large"]
+    assert (await two.get("/version")).json() == {"by": "small"}
+
+
+async def test_health_names_the_model_without_replicas() -> None:
+    """/health is 200 only while each model has a replica."""
+    models = [served("small"), served("large")]
+    async with client(models) as api:
+        assert (await api.get("/health")).status_code == 200
+        core: Any = models[1].engine.engine_core
+        core.reachable = 0
+        answer = await api.get("/health")
+    assert answer.status_code == 503
+    assert "no replica of large" in answer.json()["error"]["message"]
+
+
+async def test_status_is_the_snapshot_or_a_reason(two: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/ellm/status is the controller's snapshot; without a controller it is 503 with the reason."""
+
+    async def snapshot() -> dict[str, Any]:
+        return {"nodes": []}
+
+    async def away() -> dict[str, Any]:
+        raise ControllerAwayError("the cluster's controller is not running")
+
+    monkeypatch.setattr(cluster.api, "read_snapshot", snapshot)
+    assert (await two.get("/ellm/status")).json() == {"nodes": []}
+    monkeypatch.setattr(cluster.api, "read_snapshot", away)
+    answer = await two.get("/ellm/status")
+    assert answer.status_code == 503
+    assert "controller is not running" in answer.json()["error"]["message"]
+
+
+async def test_metrics_name_every_model(two: httpx.AsyncClient) -> None:
+    """/metrics is text for Prometheus with our metrics of each model."""
+    answer = await two.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    for name in ("small", "large"):
+        assert f'ellm_replicas_reachable{{model_name="{name}"}} 1.0' in answer.text
+        assert f'ellm_requests_retried_total{{model_name="{name}"}} 3.0' in answer.text
+
+
+def test_equal_families_are_merged() -> None:
+    """Two models' metrics of one name are one family with the samples of both, as the text format demands."""
+    registries = [CollectorRegistry(), CollectorRegistry()]
+    for value, registry in enumerate(registries):
+        Gauge("running", "Help.", ["model"], registry=registry).labels(f"m{value}").set(value)
+        Counter("tokens", "Help.", ["model"], registry=registry).labels(f"m{value}").inc(value + 1)
+    families = {metric.name: metric for metric in MergedRegistry(registries).collect()}
+    assert {(s.labels["model"], s.value) for s in families["running"].samples} == {("m0", 0), ("m1", 1)}
+    totals = {s.labels["model"]: s.value for s in families["tokens"].samples if s.name == "tokens_total"}
+    assert totals == {"m0": 1, "m1": 2}
+
+
+def test_our_metrics_start_with_our_name() -> None:
+    """Every metric of ours starts with ellm_."""
+    assert all(metric.name.startswith("ellm_") for metric in CoreCollector({}).collect())

@@ -1,0 +1,161 @@
+"""The command line: what it prints, what it refuses, and that a refusal starts nothing."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.cli import app
+from cluster.config import ClusterConfig
+from cluster.config_file import load_config
+
+Checkpoint = Callable[..., Path]
+
+
+def ellm(*arguments: str) -> tuple[int, str]:
+    """Exit status and everything printed of a command that ends inside this process."""
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, result.output
+
+
+def serve(*arguments: str) -> tuple[int, str]:
+    """The same of ``ellm serve``, in a process of its own, as it ends its process itself."""
+    command = [sys.executable, "-m", "cluster.cli", "serve", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+@contextmanager
+def answering(status: int, body: str) -> Iterator[str]:
+    """Address of a server that answers every GET so."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_the_printed_example_passes_the_check(tmp_path: Path) -> None:
+    """`ellm config example > FILE` makes a file that `ellm config check FILE` accepts, and that changes nothing."""
+    file = tmp_path / "cluster.yaml"
+    code, text = ellm("config", "example")
+    file.write_text(text)
+    assert (code, load_config(file)) == (0, ClusterConfig())
+    assert ellm("config", "check", str(file))[0] == 0
+
+
+def test_the_check_refuses_a_wrong_file(tmp_path: Path) -> None:
+    """The exit status is 1, and every problem is printed with its path."""
+    file = tmp_path / "cluster.yaml"
+    file.write_text("http: {prot: 1}\nmemory: {budget: lots}\n")
+    code, text = ellm("config", "check", str(file))
+    assert code == 1
+    assert "http.prot (line 1): unknown key; did you mean 'port'?" in text
+    assert "memory.budget (line 2): found 'lots'" in text
+
+
+def test_versions_are_printed() -> None:
+    """`ellm version` names this program and what it is built on."""
+    code, text = ellm("version")
+    assert code == 0
+    assert [name for name in ("ellm-cluster 0.", "vllm", "ray 2.60") if name not in text] == []
+
+
+def test_status_without_a_cluster_says_how_to_get_one() -> None:
+    """Where nothing listens, the error names the address and the two remedies."""
+    url = f"http://127.0.0.1:{free_port()}"
+    code, text = ellm("status", "--url", url)
+    assert code == 1
+    assert url in text and "ellm serve" in text and "--url" in text
+
+
+def test_status_of_something_else_is_refused() -> None:
+    """A server that is no cluster, with any answer, and an address that is none: a clear error, no traceback."""
+    for status, body in ((404, "not found"), (200, "<html>"), (200, "[1]")):
+        with answering(status, body) as url:
+            code, text = ellm("status", "--url", url)
+        assert (code, "not as an ellm cluster" in text) == (1, True)
+    code, text = ellm("status", "--url", "localhost")
+    assert (code, "http://127.0.0.1:8000" in text) == (1, True)
+
+
+def test_status_as_json_is_the_snapshot() -> None:
+    """--json prints what the cluster answered, for programs."""
+    snapshot = {"nodes": [], "revision": 3}
+    with answering(200, json.dumps(snapshot)) as url:
+        code, text = ellm("status", "--json", "--url", url + "/")
+    assert (code, json.loads(text)) == (0, snapshot)
+
+
+def test_values_on_the_command_line_are_checked_like_the_file(tmp_path: Path) -> None:
+    """A wrong option is refused with the key's path and what would fit, as in a file."""
+    code, text = ellm("serve", "--port", "99999", "--budget", "3x", "--replicas", "0")
+    assert code == 1
+    for said in ("http.port: found 99999", "memory.budget: found '3x'", "models[0].replicas: found 0"):
+        assert said in text
+
+
+def test_one_model_argument_cannot_replace_several(tmp_path: Path) -> None:
+    """With several models in the file, MODEL would be ambiguous."""
+    file = tmp_path / "cluster.yaml"
+    file.write_text("models: [{name: a}, {name: b}]")
+    code, text = ellm("serve", "/some/model", "--config", str(file))
+    assert (code, "ambiguous" in text) == (1, True)
+
+
+def test_a_taken_port_is_refused(checkpoint: Checkpoint) -> None:
+    """The error names the port, the process that has it, and the option; nothing is started."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, text = serve(str(checkpoint()), "--port", str(port))
+    assert code == 1
+    assert f"error: check: port {port} on 127.0.0.1 is taken by python" in text and "--port" in text
+    assert "model " not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stage", "said"),
+    [
+        (["/no/such/model"], "model", "no such folder: /no/such/model"),
+        (["CHECKPOINT", "--max-model-len", "4096"], "model", "at most 2048"),
+        (["CHECKPOINT", "--budget", "1MiB"], "memory", "raise it to"),
+        (["CHECKPOINT", "--budget", "9000TiB"], "memory", "lower it to at most"),
+        (["CHECKPOINT", "--host", "no.such.host.invalid"], "check", "--host 127.0.0.1"),
+    ],
+)
+def test_a_start_that_cannot_work_is_refused(
+    checkpoint: Checkpoint, arguments: list[str], stage: str, said: str
+) -> None:
+    """Unknown model, context too long, too small or too large a budget, bad host: the stage, the cause, the remedy."""
+    folder = str(checkpoint())
+    code, text = serve(*(folder if a == "CHECKPOINT" else a for a in arguments), "--port", str(free_port()))
+    assert code == 1
+    assert f"error: {stage}: " in text and said in text
+    assert "Traceback" not in text

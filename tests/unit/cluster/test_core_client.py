@@ -1,0 +1,226 @@
+"""The replicas as one engine core, with replicas that follow scripts."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from ray.exceptions import RayTaskError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+
+import cluster.core_client
+from cluster.core_client import ClusterCore
+from cluster.engine_slots import EngineSlots
+from tests.unit.cluster.fake_replicas import INFO, FakeHandle, died, request, stats
+
+
+def task_error() -> Exception:
+    return RayTaskError("generate", "trace", ValueError("bad"))  # type: ignore[no-untyped-call]
+
+
+MakeCore = Callable[[FakeHandle], ClusterCore]
+DEADLINE_S = 10.0
+
+
+@pytest.fixture
+async def make_core() -> AsyncIterator[MakeCore]:
+    """Builds cores of two replicas with room for four requests each, and closes them."""
+    cores: list[ClusterCore] = []
+
+    def make(handle: Any) -> ClusterCore:
+        cores.append(ClusterCore("m", handle, INFO, replicas=2, replica_limit=4))
+        return cores[-1]
+
+    yield make
+    for core in cores:
+        core.shutdown()
+
+
+async def outputs_until(core: ClusterCore, done: Callable[[list[EngineCoreOutput]], bool]) -> list[EngineCoreOutput]:
+    """What the core puts out until ``done`` is content with it."""
+    seen: list[EngineCoreOutput] = []
+    async with asyncio.timeout(DEADLINE_S):
+        while not done(seen):
+            seen += (await core.get_output_async()).outputs
+    return seen
+
+
+def ended(count: int = 1) -> Callable[[list[EngineCoreOutput]], bool]:
+    return lambda seen: sum(output.finished for output in seen) == count
+
+
+def tokens(outputs: list[EngineCoreOutput]) -> list[int]:
+    return [token for output in outputs for token in output.new_token_ids]
+
+
+async def test_outputs_arrive_in_order_and_the_request_is_forgotten(make_core: MakeCore) -> None:
+    """A request's outputs come out as its replica sent them; after its end nothing is left of it."""
+    core = make_core(FakeHandle([[5, 6, "finish"]]))
+    await core.add_request_async(request())
+    outputs = await outputs_until(core, ended())
+    assert tokens(outputs) == [5, 6]
+    assert outputs[-1].finish_reason == FinishReason.LENGTH
+    await until(lambda: core.in_flight == 0)
+
+
+async def test_one_call_drains_all_requests(make_core: MakeCore) -> None:
+    """Outputs of several requests that have arrived come out together."""
+    core = make_core(FakeHandle([[1, "finish"], [2, "finish"]]))
+    for request_id in "ab":
+        await core.add_request_async(request(request_id))
+    await until(lambda: core.in_flight == 0)
+    drained = (await outputs_until(core, bool), core._outputs)
+    assert {output.request_id for output in drained[0]} == {"a", "b"}
+    assert drained[1] == []
+
+
+async def test_abort_cancels_the_stream(make_core: MakeCore) -> None:
+    """An aborted request's stream is cancelled, and it puts out nothing more."""
+    handle = FakeHandle([[1, "wait"]])
+    core = make_core(handle)
+    await core.add_request_async(request())
+    await outputs_until(core, bool)
+    await core.abort_requests_async(["r", "unknown"])
+    await until(lambda: handle.streams[0].cancelled)
+    assert (core.in_flight, core._outputs) == (0, [])
+
+
+async def test_death_before_the_first_token_is_retried(make_core: MakeCore) -> None:
+    """A request whose replica dies before its first token is sent again, and its client sees nothing of it."""
+    core = make_core(FakeHandle([[died()], [7, "finish"]]))
+    await core.add_request_async(request())
+    outputs = await outputs_until(core, ended())
+    assert (tokens(outputs), outputs[-1].finish_reason, core.retried) == ([7], FinishReason.LENGTH, 1)
+
+
+async def test_retries_are_bounded(make_core: MakeCore) -> None:
+    """Three replicas that die under a request end it with an error."""
+    handle = FakeHandle([[died()]] * 9)
+    core = make_core(handle)
+    await core.add_request_async(request())
+    outputs = await outputs_until(core, ended())
+    assert outputs[-1].finish_reason == FinishReason.ERROR
+    assert len(handle.streams) == 3
+
+
+@pytest.mark.parametrize("end", [died(), "end", "cancel", BackPressureError(1, 1), task_error()])
+async def test_an_end_after_tokens_is_an_error_not_a_repetition(make_core: MakeCore, end: Any) -> None:
+    """Tokens that the client has seen are never sent twice: whatever ends the stream, the request ends in an error."""
+    handle = FakeHandle([[4, end]])
+    core = make_core(handle)
+    await core.add_request_async(request())
+    outputs = await outputs_until(core, ended())
+    assert (tokens(outputs), outputs[-1].finish_reason) == ([4], FinishReason.ERROR)
+    assert len(handle.streams) == 1
+
+
+async def test_a_relay_knows_how_to_go_on(make_core: MakeCore) -> None:
+    """While a request runs, its prompt and its tokens so far are at hand."""
+    core = make_core(FakeHandle([[4, 5, "wait"]]))
+    await core.add_request_async(request())
+    await outputs_until(core, lambda seen: tokens(seen) == [4, 5])
+    relay = core._relays["r"]
+    assert (relay.request.prompt_token_ids, relay.token_ids) == ([1, 2, 3], [4, 5])
+
+
+async def test_input_in_parts_is_refused(make_core: MakeCore) -> None:
+    """A request id that is already running, which is how vLLM streams input, is refused and disturbs nothing."""
+    core = make_core(FakeHandle([[1, "wait"]]))
+    await core.add_request_async(request())
+    with pytest.raises(VLLMValidationError, match="several parts"):
+        await core.add_request_async(request())
+    assert core.in_flight == 1
+
+
+async def test_what_does_not_work_is_a_client_error(make_core: MakeCore) -> None:
+    """Every other call of vLLM's core client refuses with a client error that names it; unknown names do not exist."""
+    core = make_core(FakeHandle())
+    with pytest.raises(VLLMValidationError, match=r"^sleep does not work"):
+        await core.sleep_async(1)
+    with pytest.raises(VLLMValidationError, match="collective_rpc"):
+        await core.collective_rpc_async("method")
+    with pytest.raises(VLLMValidationError, match="dp_engines_running"):
+        core.dp_engines_running()
+    with pytest.raises(AttributeError):
+        core.no_such_method()
+
+
+async def test_refuses_where_no_replica_answers(make_core: MakeCore) -> None:
+    """With no replica there is a reason to refuse, which goes away when one answers."""
+
+    def nobody() -> list[Any]:
+        raise DeploymentUnavailableError(DeploymentID(name="m"))
+
+    handle = FakeHandle(answers=nobody)
+    core = make_core(handle)
+    await until(lambda: core.reachable == 0)
+    assert "no replica of m" in (core.why_full(1) or "")
+
+
+async def test_refuses_where_all_are_full(make_core: MakeCore) -> None:
+    """A request that would not fit beside those in flight is refused with the numbers."""
+    core = make_core(FakeHandle([["wait"]] * 3))
+    await until(lambda: core.reachable == 1)
+    for request_id in "abc":
+        await core.add_request_async(request(request_id))
+    assert core.why_full(1) is None
+    assert "3 of 4 requests" in (core.why_full(2) or "")
+
+
+async def test_a_stuck_replica_does_not_hide_the_others(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A poll that times out keeps the last count; only long silence reads as nobody."""
+    monkeypatch.setattr(cluster.core_client, "POLL_PERIOD_S", 0.01)
+    polls = iter(range(10**6))
+
+    def answers() -> list[Any]:
+        if next(polls) == 0:
+            return [stats("a"), stats("b"), RuntimeError("one that failed")]
+        raise TimeoutError
+
+    core = make_core(FakeHandle(answers=answers))
+    await until(lambda: next(polls) > 5)
+    assert core.reachable == 2
+    monkeypatch.setattr(cluster.core_client, "STALE_AFTER_S", 0.0)
+    await until(lambda: core.reachable == 0)
+
+
+async def test_numbers_of_each_replica_are_put_out(make_core: MakeCore) -> None:
+    """Each replica's scheduler statistics come out under an engine number of its own."""
+    core = make_core(FakeHandle(answers=lambda: [stats("a", running=3), stats("b", running=1, waiting=2)]))
+    async with asyncio.timeout(DEADLINE_S):
+        numbers = [await core.get_output_async() for _ in range(2)]
+    assert sorted(map(gauges, numbers)) == [(0, 3, 0), (1, 1, 2)]
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not reached():  # noqa: ASYNC110  # what is waited for is plain state of the product, without an event
+            await asyncio.sleep(0.001)
+
+
+def gauges(outputs: EngineCoreOutputs) -> tuple[int, int, int]:
+    scheduler = outputs.scheduler_stats
+    assert scheduler is not None
+    return outputs.engine_index, scheduler.num_running_reqs, scheduler.num_waiting_reqs
+
+
+def test_engine_numbers_stay_with_their_replicas() -> None:
+    """A replica keeps its number while it lives; a lost one's is set to zero once, and given to its successor."""
+    slots = EngineSlots(2)
+    first = {index: running for index, running, _ in map(gauges, slots.place([stats("a", 1), stats("b", 2)]))}
+    assert sorted(first.values()) == [1, 2]
+    number_of_b = next(index for index, running in first.items() if running == 2)
+    lost = list(map(gauges, slots.place([stats("b", 5)])))
+    assert sorted(lost) == sorted([(number_of_b, 5, 0), (1 - number_of_b, 0, 0)])
+    assert list(map(gauges, slots.place([stats("b", 5)]))) == [(number_of_b, 5, 0)]
+    assert (1 - number_of_b, 7, 0) in map(gauges, slots.place([stats("b", 5), stats("c", 7)]))
+
+
+def test_more_replicas_than_numbers_wait() -> None:
+    """A replica too many gets no number and takes none away."""
+    slots = EngineSlots(1)
+    assert list(map(gauges, slots.place([stats("a", 1)]))) == [(0, 1, 0)]
+    assert list(map(gauges, slots.place([stats("a", 2), stats("b", 9)]))) == [(0, 2, 0)]

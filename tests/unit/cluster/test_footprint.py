@@ -1,0 +1,87 @@
+"""Nothing of a cluster stays on the host."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from cluster.footprint import SHM, Footprint, remove_leftovers
+
+
+def running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_orphans_are_ended(tmp_path: Path) -> None:
+    """A process whose parent has died, in a session of its own, is found and ended like any other."""
+    footprint = Footprint()
+    note = tmp_path / "pid"
+    subprocess.run(["bash", "-c", f"setsid sleep 1000 & echo $! > {note}"], check=True)
+    orphan = int(note.read_text())
+    assert running(orphan)
+    assert footprint.clear() == []
+    assert not psutil.pid_exists(orphan)
+
+
+def test_a_process_that_will_not_end_is_killed() -> None:
+    """What ignores the polite signal is killed, and reported."""
+    footprint = Footprint()
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(1000)"
+    stubborn = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert stubborn.stdout is not None
+    stubborn.stdout.readline()
+    (killed,) = footprint.clear(patience_s=0.2)
+    stubborn.stdout.close()
+    assert str(stubborn.pid) in killed
+    assert not running(stubborn.pid)
+
+
+def test_earlier_children_are_left_alone() -> None:
+    """A footprint ends only what was started after it."""
+    earlier = subprocess.Popen(["sleep", "1000"])
+    footprint = Footprint()
+    later = subprocess.Popen(["sleep", "1000"])
+    footprint.clear()
+    assert (running(earlier.pid), running(later.pid)) == (True, False)
+    for process in (earlier, later):
+        process.kill()
+        process.wait()
+
+
+def test_files_and_shared_memory_are_removed() -> None:
+    """The folder, shared memory of the cluster's name, and segments that a process of ours still had mapped."""
+    footprint, other = Footprint(), Footprint()
+    board = SHM / f"ellm-{footprint.cluster_id}-cpu.board"
+    board.touch()
+    foreign = SHM / f"ellm-{other.cluster_id}-cpu.board"
+    foreign.touch()
+    segment = SHM / f"psm_{footprint.cluster_id}"
+    code = (
+        "import mmap, sys, time; file = open(sys.argv[1], 'wb+'); file.truncate(4096); "
+        "segment = mmap.mmap(file.fileno(), 4096); print(flush=True); time.sleep(1000)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(segment)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    assert segment.exists()
+    footprint.clear()
+    holder.stdout.close()
+    assert [path for path in (footprint.folder, board, segment) if path.exists()] == []
+    assert foreign.exists()
+    other.clear()
+    assert not foreign.exists()
+
+
+def test_what_a_killed_owner_left_is_removed_at_the_next_start() -> None:
+    """Files of a cluster whose process is gone go; those of a living one stay."""
+    code = (
+        "from cluster.footprint import *; f = Footprint(); (SHM / f'ellm-{f.cluster_id}-cpu.board').touch(); "
+        "print(f.cluster_id, flush=True); import os; os.kill(os.getpid(), 9)"
+    )
+    dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
+    alive = Footprint()
+    assert dead in remove_leftovers()
+    assert list(SHM.glob(f"ellm-{dead}-*")) == []
+    assert alive.folder.exists()
+    alive.clear()

@@ -1,0 +1,173 @@
+"""From configuration and memory to sizes: invariants, and refusals whose remedies work."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.config import ClusterConfig
+from cluster.host_memory import free_memory_bytes
+from cluster.models import ModelFacts
+from cluster.sizing import GIB, MIB, plan_sizes
+from memory_agent.errors import SettingsError
+from memory_agent.lease_board import LIMIT_UNIT_BYTES
+
+BLOCK = 128
+SMOL_TOKEN_BYTES = 23040
+
+
+def facts(
+    max_model_len: int = 8192, kv_token_bytes: int = SMOL_TOKEN_BYTES, weights_bytes: int = 269 * MIB
+) -> ModelFacts:
+    return ModelFacts(Path("/m"), "bfloat16", max_model_len, weights_bytes, kv_token_bytes)
+
+
+def config(**tree: object) -> ClusterConfig:
+    return ClusterConfig.model_validate(tree)
+
+
+def test_defaults_on_a_roomy_machine() -> None:
+    """Two small replicas share one GiB; each may take all of it, and keeps a 64th at rest."""
+    sizing = plan_sizes(ClusterConfig(), [facts()], 24 * GIB)
+    (spec,) = sizing.specs
+    assert sizing.budget_bytes == GIB
+    assert spec.kv_guarantee_bytes >= (8192 // BLOCK + 2) * BLOCK * SMOL_TOKEN_BYTES
+    assert GIB - BLOCK * SMOL_TOKEN_BYTES < spec.kv_ceiling_bytes <= GIB
+    assert 0 < spec.kv_rest_bytes <= GIB // 64
+    assert spec.engine_args == {"enforce_eager": True}
+
+
+@given(
+    replicas=st.integers(1, 8),
+    max_model_len=st.integers(1, 100_000),
+    kv_token_bytes=st.sampled_from([64, 1000, SMOL_TOKEN_BYTES, 131072]),
+    weights_bytes=st.integers(0, 20 * GIB),
+    free_bytes=st.integers(0, 200 * GIB),
+    rest=st.none() | st.integers(1, GIB),
+    budget=st.none() | st.integers(1, 40 * GIB),
+    ceiling=st.none() | st.integers(1, 40 * GIB),
+)
+def test_sizes_that_are_given_out_hold(
+    replicas: int,
+    max_model_len: int,
+    kv_token_bytes: int,
+    weights_bytes: int,
+    free_bytes: int,
+    rest: int | None,
+    budget: int | None,
+    ceiling: int | None,
+) -> None:
+    """Whatever is asked for: either it is refused, or every promise of the module's picture holds."""
+    asked = config(models=[{"replicas": replicas, "kv_ceiling": ceiling}], memory={"budget": budget, "rest": rest})
+    try:
+        sizing = plan_sizes(asked, [facts(max_model_len, kv_token_bytes, weights_bytes)], free_bytes)
+    except SettingsError as error:
+        assert re.search(r"\d", str(error))
+        return
+    (spec,) = sizing.specs
+    block_bytes = BLOCK * kv_token_bytes
+    assert replicas * spec.kv_guarantee_bytes <= sizing.budget_bytes
+    assert sizing.needed_bytes <= free_bytes
+    assert max_model_len * kv_token_bytes + 2 * block_bytes <= spec.kv_ceiling_bytes <= sizing.budget_bytes
+    assert 2 * block_bytes <= spec.kv_rest_bytes <= spec.kv_ceiling_bytes // 4
+    assert spec.kv_ceiling_bytes % block_bytes == spec.kv_rest_bytes % block_bytes == 0
+    assert sizing.budget_bytes % LIMIT_UNIT_BYTES == 0
+
+
+@given(replicas=st.integers(1, 6), free_bytes=st.integers(GIB, 12 * GIB), max_model_len=st.integers(1024, 500_000))
+def test_the_remedies_for_too_little_memory_work(replicas: int, free_bytes: int, max_model_len: int) -> None:
+    """The number of replicas and the length that a refusal names do fit, and the next larger ones do not."""
+
+    def plan(replicas: int, max_model_len: int) -> None:
+        plan_sizes(config(models=[{"replicas": replicas}]), [facts(max_model_len)], free_bytes)
+
+    try:
+        plan(replicas, max_model_len)
+        return
+    except SettingsError as error:
+        said = str(error)
+    if "too small to be elastic" in said:
+        return
+    assert "too little memory" in said
+    if fewer := re.search(r"set replicas to (\d+)", said):
+        plan(int(fewer[1]), max_model_len)
+        with pytest.raises(SettingsError):
+            plan(int(fewer[1]) + 1, max_model_len)
+    if shorter := re.search(r"max_model_len to at most (\d+)", said):
+        fitting = int(shorter[1])
+        if fitting >= 6 * BLOCK:  # below, a budget this small cannot be elastic, and says so
+            plan(replicas, fitting)
+        with pytest.raises(SettingsError):
+            plan(replicas, fitting + 2 * BLOCK)
+    if not fewer and not shorter:
+        assert "Not even one replica" in said
+
+
+def test_a_budget_below_one_longest_request_each_is_refused() -> None:
+    """The refusal names the budget that is needed and the length that fits; both work."""
+    tight = config(memory={"budget": "200MiB"})
+    with pytest.raises(SettingsError, match=r"memory\.budget is 200MiB") as caught:
+        plan_sizes(tight, [facts()], 24 * GIB)
+    needed = re.search(r"raise it to (\d+MiB)", str(caught.value))
+    tokens = re.search(r"max_model_len of (\d+)", str(caught.value))
+    assert needed and tokens
+    plan_sizes(config(memory={"budget": needed[1]}), [facts()], 24 * GIB)
+    plan_sizes(tight, [facts(int(tokens[1]))], 24 * GIB)
+    with pytest.raises(SettingsError):
+        plan_sizes(tight, [facts(int(tokens[1]) + BLOCK)], 24 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("tree", "cause", "remedy"),
+    [
+        ({"memory": {"budget": "40GiB"}}, "only", r"at most (\d+)MiB"),
+        ({"models": [{"kv_ceiling": "100MiB"}]}, "one longest request needs", r"max_model_len to at most (\d+)"),
+        ({"models": [{"kv_ceiling": "3GiB"}]}, "more than the budget", "1024MiB"),
+        ({"memory": {"rest": "600MiB"}}, "more than a quarter", r"at most (\d+)MiB"),
+    ],
+)
+def test_sizes_that_do_not_fit_together_are_refused(tree: dict[str, object], cause: str, remedy: str) -> None:
+    """A budget beyond the machine, a ceiling below one request or above the budget, a rest above a quarter: cause and
+    number."""
+    with pytest.raises(SettingsError, match=cause) as caught:
+        plan_sizes(config(**tree), [facts()], 24 * GIB)
+    assert re.search(remedy, str(caught.value))
+
+
+def test_a_static_model_is_outside_the_budget() -> None:
+    """Plain vLLM holds its KV memory all the time, so the budget is what the elastic models share."""
+    both = config(models=[{"name": "a"}, {"name": "b", "elastic": False, "kv_ceiling": "500MiB"}])
+    sizing = plan_sizes(both, [facts(), facts()], 24 * GIB)
+    alone = plan_sizes(config(models=[{"name": "a"}]), [facts()], 24 * GIB)
+    assert sizing.budget_bytes == alone.budget_bytes
+    assert sizing.needed_bytes - alone.needed_bytes > 2 * 500 * MIB
+    assert sizing.specs[1].kv_rest_bytes == sizing.specs[1].kv_ceiling_bytes <= 500 * MIB
+    assert plan_sizes(config(models=[{"elastic": False}]), [facts()], 24 * GIB).budget_bytes == 0
+
+
+def test_engine_arguments_reach_the_engine() -> None:
+    """What the user passes to vLLM stays, also in place of our default, and a block size changes the sizes."""
+    asked = config(models=[{"engine_args": {"block_size": 32, "enforce_eager": False, "seed": 7}}])
+    (spec,) = plan_sizes(asked, [facts()], 24 * GIB).specs
+    assert spec.engine_args == {"block_size": 32, "enforce_eager": False, "seed": 7}
+    assert spec.kv_guarantee_bytes < (8192 // 32 + 3) * 32 * SMOL_TOKEN_BYTES
+
+
+def test_free_memory_is_bounded_by_the_container(tmp_path: Path) -> None:
+    """A limit of the control group counts, less what is used, plus the page cache that the kernel can drop."""
+    v2, v1 = tmp_path / "v2", tmp_path / "v1"
+    for root in (v2, v1):
+        root.mkdir()
+    unlimited = free_memory_bytes(v2, v1)
+    assert unlimited > 0
+    (v2 / "memory.max").write_text("max\n")
+    (v2 / "memory.current").write_text("1000\n")
+    assert free_memory_bytes(v2, v1) > 5000
+    (v2 / "memory.max").write_text("5000\n")
+    (v2 / "memory.stat").write_text("anon 700\ninactive_file 200\n")
+    assert free_memory_bytes(v2, v1) == 4200
+    (v1 / "memory.limit_in_bytes").write_text("3000")
+    (v1 / "memory.usage_in_bytes").write_text("3500")
+    assert free_memory_bytes(v2, v1) == 0
