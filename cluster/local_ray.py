@@ -26,8 +26,13 @@ def start_ray(footprint: Footprint, num_cpus: int, object_store_bytes: int) -> N
         os.environ.pop(name, None)
     os.environ.update(_ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
+    from ray._raylet import AuthenticationTokenLoader, Config
 
     from memory_agent.controller_link import NAMESPACE
+
+    # Ray reads both when it is imported, maybe by vLLM long ago; its own start-up reads them again in this way.
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     ray.init(

@@ -20,6 +20,7 @@ WEATHER: list[Any] = [
         "function": {
             "name": "get_weather",
             "description": "Current weather of a city",
+            "strict": True,
             "parameters": {
                 "type": "object",
                 "properties": {"city": {"type": "string", "maxLength": 12}},

