@@ -1,13 +1,13 @@
 """What elasticity costs without memory pressure, and how fast memory comes back after a burst.
 
-Two engines with the same settings, plain vLLM and elastic, are measured in alternating runs of a closed loop of clients
-with requests of mixed lengths; the one that is not measured is stopped (SIGSTOP), because an idle vLLM worker polls.
-While the elastic engine is measured, its lease is tightened to what it uses and widened again several times a second, so
-that memory is really mapped and unmapped all the time.
+Two engines with the same settings, plain vLLM and elastic, are measured in alternating runs of a closed loop of
+clients with requests of mixed lengths; the one that is not measured is stopped (SIGSTOP), because an idle vLLM worker
+polls. While the elastic engine is measured, its lease is tightened to just above what it wants and widened again three
+times a second, so that memory is really mapped and unmapped all the time.
 
     throughput_ratio       output tokens/s, elastic over plain: median over pairs of runs
-    bytes_returned_ratio   KV bytes of a burst of 32 requests that are back with the operating system within 5 s after the
-                           pool was told to shrink, as a share of what the burst added: the lower of st_blocks and
+    bytes_returned_ratio   KV bytes of a burst of 32 requests that are back with the operating system within 5 s after
+                           the pool was told to shrink, as a share of what the burst added: the lower of st_blocks and
                            the process tree's resident memory
 """
 
@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -38,10 +37,18 @@ CLIENTS = 16
 
 def spec(elastic: bool) -> EngineSpec:
     return EngineSpec(
-        model_name="smollm2", model_path=str(get_default_model(print)), max_model_len=2048, dtype="bfloat16",
-        kv_ceiling_bytes=CEILING_BLOCKS * BLOCK_BYTES, kv_rest_bytes=REST_BLOCKS * BLOCK_BYTES,
-        kv_guarantee_bytes=GUARANTEE_BLOCKS * BLOCK_BYTES, weights_bytes=269 << 20, max_num_seqs=64,
-        max_num_batched_tokens=2048, elastic=elastic, engine_args={"enforce_eager": True},
+        model_name="smollm2",
+        model_path=str(get_default_model(print)),
+        max_model_len=2048,
+        dtype="bfloat16",
+        kv_ceiling_bytes=CEILING_BLOCKS * BLOCK_BYTES,
+        kv_rest_bytes=REST_BLOCKS * BLOCK_BYTES,
+        kv_guarantee_bytes=GUARANTEE_BLOCKS * BLOCK_BYTES,
+        weights_bytes=269 << 20,
+        max_num_seqs=64,
+        max_num_batched_tokens=2048,
+        elastic=elastic,
+        engine_args={"enforce_eager": True},
     )
 
 
@@ -65,7 +72,7 @@ def engine_pids(engine: LocalEngine) -> set[int]:
 
 @asynccontextmanager
 async def breathing(engine: LocalEngine) -> AsyncIterator[None]:
-    """Tighten the lease to just above what is wanted and widen it again, three times a second: no pressure, only moves."""
+    """Tighten the lease to just above what is wanted and widen it again: no pressure, only moves."""
 
     async def breathe() -> None:
         while True:
@@ -85,8 +92,12 @@ async def breathing(engine: LocalEngine) -> AsyncIterator[None]:
 async def closed_loop(engine: LocalEngine, requests: int, seed: int) -> float:
     """Output tokens a second of ``requests`` requests from CLIENTS clients; no prompt is ever repeated."""
     rng = random.Random(seed)
-    work = iter([([rng.randrange(1000, 40000) for _ in range(rng.randrange(64, 384))], rng.randrange(16, 128))
-                 for _ in range(requests)])
+    work = iter(
+        [
+            ([rng.randrange(1000, 40000) for _ in range(rng.randrange(64, 384))], rng.randrange(16, 128))
+            for _ in range(requests)
+        ]
+    )
     produced = 0
 
     async def client(number: int) -> None:
@@ -130,9 +141,15 @@ async def burst_returned(engine: LocalEngine) -> dict[str, float]:
     engine.set_limit(CEILING_BLOCKS * BLOCK_BYTES)
     await engine.generate(prompts[0], 4, "after")  # the same engine still serves
     burst = held_peak - held_before
-    return {"burst_bytes": burst, "seconds": seconds, "by_st_blocks": (held_peak - held) / burst,
-            "by_resident": (resident_peak - resident) / (resident_peak - resident_before),
-            "resident_peak": resident_peak, "resident_after": resident, "resident_before": resident_before}
+    return {
+        "burst_bytes": burst,
+        "seconds": seconds,
+        "by_st_blocks": (held_peak - held) / burst,
+        "by_resident": (resident_peak - resident) / (resident_peak - resident_before),
+        "resident_peak": resident_peak,
+        "resident_after": resident,
+        "resident_before": resident_before,
+    }
 
 
 async def measure(pairs: int, requests: int) -> None:
@@ -151,13 +168,19 @@ async def measure(pairs: int, requests: int) -> None:
                             async with breathing(elastic):
                                 rate[True] = await closed_loop(engine, requests, pair)
                             seconds = time.monotonic() - started
-                            moves.append([(elastic.word(EngineWord.INFLATE_COUNT) - before[0]) / seconds,
-                                          (elastic.word(EngineWord.DEFLATE_COUNT) - before[1]) / seconds])
+                            moves.append(
+                                [
+                                    (elastic.word(EngineWord.INFLATE_COUNT) - before[0]) / seconds,
+                                    (elastic.word(EngineWord.DEFLATE_COUNT) - before[1]) / seconds,
+                                ]
+                            )
                         else:
                             rate[False] = await closed_loop(engine, requests, pair)
-                print(f"pair {pair}: plain {rate[False]:.1f} tok/s, elastic {rate[True]:.1f} tok/s, "
-                      f"ratio {rate[True] / rate[False]:.3f}, {moves[-1][0]:.1f} maps/s, {moves[-1][1]:.1f} unmaps/s",
-                      flush=True)
+                print(
+                    f"pair {pair}: plain {rate[False]:.1f} tok/s, elastic {rate[True]:.1f} tok/s, "
+                    f"ratio {rate[True] / rate[False]:.3f}, {moves[-1][0]:.1f} maps/s, {moves[-1][1]:.1f} unmaps/s",
+                    flush=True,
+                )
                 if pair:
                     ratios.append(rate[True] / rate[False])
                     rates.append([rate[False], rate[True]])
@@ -165,14 +188,25 @@ async def measure(pairs: int, requests: int) -> None:
                 returned = await burst_returned(elastic)
             print(f"burst of {returned['burst_bytes'] / 2**20:.0f} MiB back in {returned['seconds']:.2f} s", flush=True)
             preemptions = elastic.word(EngineWord.PREEMPTIONS)
-    finish("overhead", {
-        "throughput_ratio": round(statistics.median(ratios), 4),
-        "bytes_returned_ratio": round(min(returned["by_st_blocks"], returned["by_resident"]), 4),
-        "maps_per_s": round(statistics.median(m[0] for m in moves[1:]), 2),
-        "unmaps_per_s": round(statistics.median(m[1] for m in moves[1:]), 2),
-    }, {"ratios": ratios, "tokens_per_s_plain_elastic": rates, "moves_per_s": moves, "burst": returned,
-        "preemptions": preemptions, "ceiling_over_rest": CEILING_BLOCKS / REST_BLOCKS, "clients": CLIENTS,
-        "requests_a_run": requests})
+    finish(
+        "overhead",
+        {
+            "throughput_ratio": round(statistics.median(ratios), 4),
+            "bytes_returned_ratio": round(min(returned["by_st_blocks"], returned["by_resident"]), 4),
+            "maps_per_s": round(statistics.median(m[0] for m in moves[1:]), 2),
+            "unmaps_per_s": round(statistics.median(m[1] for m in moves[1:]), 2),
+        },
+        {
+            "ratios": ratios,
+            "tokens_per_s_plain_elastic": rates,
+            "moves_per_s": moves,
+            "burst": returned,
+            "preemptions": preemptions,
+            "ceiling_over_rest": CEILING_BLOCKS / REST_BLOCKS,
+            "clients": CLIENTS,
+            "requests_a_run": requests,
+        },
+    )
 
 
 def main() -> None:

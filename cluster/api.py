@@ -84,10 +84,10 @@ async def status(request: Request) -> Response:
 
 
 class ModelSwitch:
-    """Sends a request to the application of the model that its JSON body names.
+    """Sends a request to the application of the model that its JSON body names; another name is refused with 404.
 
-    What names no model of ours (no body, malformed JSON, an unknown name) goes to the first, whose answer is vLLM's
-    own error.
+    A body that names nothing (none, malformed JSON, no "model") goes to the first application, whose answer is
+    vLLM's own error.
     """
 
     def __init__(self, apps: dict[str, ASGIApp]) -> None:
@@ -114,7 +114,12 @@ class ModelSwitch:
             name = json.loads(body)["model"]
         except (ValueError, KeyError, TypeError):
             return self._first
-        return self._apps.get(name, self._first) if isinstance(name, str) else self._first
+        if not isinstance(name, str):
+            return self._first
+        if name not in self._apps:
+            served = ", ".join(self._apps)
+            return _error(f"The model `{name}` does not exist. This cluster serves: {served}.", HTTPStatus.NOT_FOUND)
+        return self._apps[name]
 
 
 def _refusal(path: str, note: str) -> Route:

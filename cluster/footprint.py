@@ -1,7 +1,7 @@
 """What a cluster on this host leaves outside of its own memory, and how all of it is removed.
 
     processes        every descendant of this one; orphans too, because this process adopts them (a "child subreaper")
-    shared memory    /dev/shm/ellm-<cluster id>-*, and Python's /dev/shm/psm_* that our processes have mapped
+    shared memory    /dev/shm/ellm-<cluster id>-*, and Python's psm_* and sem.mp-* that our processes have mapped
     temporary files  one folder, ellm-<cluster id>, with Ray's sockets and logs
 
 Where the owner was killed outright, the kernel ends Ray with it, and the next start removes the files that were left.
@@ -22,6 +22,7 @@ _PREFIX = "ellm-"
 _OWNER_FILE = "owner.pid"
 _PR_SET_CHILD_SUBREAPER = 36
 _KILL_ROUNDS = 3
+_KILL_PATIENCE_S = 5.0
 _MAX_TEMP_ROOT = 30
 """Ray puts Unix sockets below its folder; their whole path may have 107 characters, of which its own part takes about
 70."""
@@ -61,7 +62,7 @@ class Footprint:
             killed += [_command(process) for process in left]
             for process in left:
                 _signal(process, kill=True)
-            psutil.wait_procs(left, timeout=patience_s)
+            psutil.wait_procs(left, timeout=_KILL_PATIENCE_S)
         self._reap()
         for path in mapped:
             path.unlink(missing_ok=True)
@@ -111,14 +112,13 @@ def _adopt_orphans() -> None:
 
 
 def _mapped_segments(process: psutil.Process) -> set[Path]:
-    """Segments of multiprocessing.shared_memory in the process: a killed one leaves them (vLLM's executor has some)."""
+    """Shared memory and semaphores of Python's multiprocessing in the process: a killed one leaves them behind."""
     try:
         lines = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return set()
-    return {
-        Path(line.split(maxsplit=5)[5]) for line in lines if f" {SHM}/psm_" in line and not line.endswith("(deleted)")
-    }
+    paths = {line.split(maxsplit=5)[5] for line in lines if f" {SHM}/" in line}
+    return {Path(path) for path in paths if path.startswith((f"{SHM}/psm_", f"{SHM}/sem.mp-"))}
 
 
 def _alive(process: psutil.Process) -> bool:

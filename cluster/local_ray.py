@@ -26,7 +26,7 @@ def start_ray(footprint: Footprint, num_cpus: int, object_store_bytes: int) -> N
         os.environ.pop(name, None)
     os.environ.update(_ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled, without stubs
 
     from memory_agent.controller_link import NAMESPACE
 

@@ -26,8 +26,10 @@ class Balloon:
 
     def __init__(self, pool: ChunkPool, tensor: VirtualTensor, extents: ExtentMap) -> None:
         if not pool.chunk_bytes == tensor.chunk_bytes == extents.chunk_bytes:
-            raise SettingsError(f"chunk sizes differ: pool {pool.chunk_bytes}, tensor {tensor.chunk_bytes}, "
-                                f"extents {extents.chunk_bytes} bytes")
+            raise SettingsError(
+                f"chunk sizes differ: pool {pool.chunk_bytes}, tensor {tensor.chunk_bytes}, "
+                f"extents {extents.chunk_bytes} bytes"
+            )
         if tensor.size_bytes < extents.geometry.size_bytes:
             raise SettingsError(f"a KV cache of {extents.geometry.size_bytes} bytes in a tensor of {tensor.size_bytes}")
         self._pool = pool
@@ -99,8 +101,10 @@ class Balloon:
         if users != self._users:
             raise ContractViolation("the slots' counts of users are not those of the mapped extents")
         if self._remnants & users.keys() or self._tensor.mapped_slots != self._remnants | users.keys():
-            raise ContractViolation(f"{len(self._tensor.mapped_slots)} slots are mapped, {len(users)} are used and "
-                                    f"{len(self._remnants)} left over")
+            raise ContractViolation(
+                f"{len(self._tensor.mapped_slots)} slots are mapped, {len(users)} are used and "
+                f"{len(self._remnants)} left over"
+            )
         owned = self._pool.bytes_by_owner()[ChunkOwner.KV_CACHE]
         if owned != self.committed_bytes:
             raise ContractViolation(f"the KV cache owns {owned} bytes, {self.committed_bytes} are mapped")

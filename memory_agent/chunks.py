@@ -1,9 +1,9 @@
 """The chunk pool: every physical chunk of a device has exactly one owner.
 
-            create                  take                  give                  release
-    system ---------> FREE ----------------> KV_CACHE, ... ------> FREE ----------------> system
-                      |<---------------- held ------------------->|
-                             |<--- in use, at most the limit --->|
+        create                  take                  give                  release
+system ---------> FREE ----------------> KV_CACHE, ... ------> FREE ----------------> system
+                  |<---------------- held ------------------->|
+                         |<--- in use, at most the limit --->|
 """
 
 import logging
@@ -44,8 +44,9 @@ class ChunkPool:
     def __init__(self, vmm: Vmm, chunk_bytes: int, limit_chunks: int) -> None:
         if chunk_bytes <= 0 or chunk_bytes % vmm.granularity_bytes:
             near = max(1, round(chunk_bytes / vmm.granularity_bytes)) * vmm.granularity_bytes
-            raise SettingsError(f"chunks of {chunk_bytes} bytes do not fit a granularity of {vmm.granularity_bytes} "
-                                f"bytes; {near} would")
+            raise SettingsError(
+                f"chunks of {chunk_bytes} bytes do not fit a granularity of {vmm.granularity_bytes} bytes; {near} would"
+            )
         self.chunk_bytes = chunk_bytes
         self._vmm = vmm
         self._owners: dict[PhysicalChunk, ChunkOwner] = {}

@@ -1,10 +1,10 @@
 """Errors of the memory layer.
 
-    MemoryError_
-    +-- SettingsError      the configuration cannot work; carries what would
-    +-- PoolExhausted      not now: the pool is at its limit; try again after a release
-    +-- OutOfDeviceMemory  the operating system or driver refused; try again after a release
-    +-- BoardError         the lease board is missing, foreign or of another version
+MemoryError_
++-- SettingsError      the configuration cannot work; carries what would
++-- PoolExhausted      not now: the pool is at its limit; try again after a release
++-- OutOfDeviceMemory  the operating system or driver refused; try again after a release
++-- BoardError         the lease board is missing, foreign or of another version
 """
 
 

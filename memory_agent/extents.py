@@ -59,8 +59,10 @@ class KvGeometry:
             raise SettingsError(f"a KV cache of {self.num_blocks} blocks in {len(self.regions)} regions has no extents")
         for region in self.regions:
             if not 0 < region.page_bytes <= region.block_stride_bytes or region.layers <= 0:
-                raise SettingsError(f"{region}: a block's page must be contiguous and at most one block stride long; "
-                                    "use a KV cache layout with heads inside the block (LBHNC, BLHNC)")
+                raise SettingsError(
+                    f"{region}: a block's page must be contiguous and at most one block stride long; "
+                    "use a KV cache layout with heads inside the block (LBHNC, BLHNC)"
+                )
             last_layer = region.offset_bytes + (region.layers - 1) * region.layer_stride_bytes
             end = last_layer + (self.num_blocks - 1) * region.block_stride_bytes + region.page_bytes
             if region.offset_bytes < 0 or region.layer_stride_bytes < 0 or end > self.size_bytes:

@@ -189,8 +189,10 @@ def _refusal(what: str) -> OutOfDeviceMemory | OSError:
     """The error for the last libc call: OutOfDeviceMemory where waiting can help, OSError where it is a defect."""
     number = ctypes.get_errno()
     if number in (errno.ENOMEM, errno.ENOSPC):
-        return OutOfDeviceMemory(f"{what}: {os.strerror(number)}; the machine's memory, this process's address space "
-                                 "or its memory mappings (sysctl vm.max_map_count) are used up")
+        return OutOfDeviceMemory(
+            f"{what}: {os.strerror(number)}; the machine's memory, this process's address space "
+            "or its memory mappings (sysctl vm.max_map_count) are used up"
+        )
     return OSError(number, f"{what}: {os.strerror(number)}")
 
 

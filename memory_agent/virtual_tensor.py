@@ -1,8 +1,8 @@
 """The virtual tensor: a fixed range of addresses whose memory comes and goes slot by slot.
 
-    address                                                    address + slots * chunk_bytes
-    | slot 0: chunk | slot 1: none | slot 2: chunk |  ...  | slot n-1: none |
-    |<-------------------------- size_bytes ------------------------>|
+address                                                    address + slots * chunk_bytes
+| slot 0: chunk | slot 1: none | slot 2: chunk |  ...  | slot n-1: none |
+|<-------------------------- size_bytes ------------------------>|
 """
 
 from collections.abc import KeysView
@@ -21,8 +21,10 @@ class VirtualTensor:
 
     def __init__(self, vmm: Vmm, size_bytes: int, chunk_bytes: int) -> None:
         if size_bytes <= 0 or chunk_bytes <= 0 or chunk_bytes % vmm.granularity_bytes:
-            raise SettingsError(f"{size_bytes} bytes in chunks of {chunk_bytes}: both must be positive, the chunk a "
-                                f"multiple of {vmm.granularity_bytes}")
+            raise SettingsError(
+                f"{size_bytes} bytes in chunks of {chunk_bytes}: both must be positive, the chunk a "
+                f"multiple of {vmm.granularity_bytes}"
+            )
         self.slot_count = -(-size_bytes // chunk_bytes)
         if self.slot_count > vmm.max_mappings:
             raise SettingsError(

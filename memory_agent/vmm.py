@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
-class ContractViolation(AssertionError):  # noqa: N818 - named like its sisters in errors.py: what happened
+class ContractViolation(AssertionError):
     """The caller broke the memory layer's contract: a bug, never a condition to wait out."""
 
 

@@ -1,19 +1,13 @@
 """The KV connector through which vLLM's KV cache becomes elastic. One instance in the scheduler, one in each worker.
 
-Through vLLM's connector interface it provides the memory under the KV tensor (worker, ``get_mem_pool_context``), parks the
-blocks that have no memory (scheduler, after the handshake), and carries moves and acknowledgements between the two.
+Through vLLM's connector interface it provides the memory under the KV tensor (worker, ``get_mem_pool_context``), parks
+the blocks that have no memory (scheduler, after the handshake), and carries moves and acknowledgements between both.
 """
 
 import os
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from replicas.elastic_kv import ElasticKv
-from replicas.elastic_settings import ElasticSettings
-from replicas.kv_geometry import kv_geometry
-from replicas.kv_memory import KvMemory
-from replicas.kv_moves import KvAck, KvAcks, KvHandshake, KvMoves
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -24,10 +18,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
+from replicas.elastic_kv import ElasticKv
+from replicas.elastic_settings import ElasticSettings
+from replicas.kv_geometry import kv_geometry
+from replicas.kv_memory import KvMemory
+from replicas.kv_moves import KvAck, KvAcks, KvHandshake, KvMoves
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
@@ -59,8 +59,9 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata:
         memory = self._worker_memory
         memory.require_adopted()
-        return KvHandshake(pid=os.getpid(), memory_fd=memory.fd, chunk_bytes=memory.chunk_bytes,
-                           mapped_extents=sorted(memory.mapped))
+        return KvHandshake(
+            pid=os.getpid(), memory_fd=memory.fd, chunk_bytes=memory.chunk_bytes, mapped_extents=sorted(memory.mapped)
+        )
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Runs in every step before the forward: the blocks to unmap are out of use since this step was scheduled, and
@@ -98,8 +99,9 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         assert self._kv_cache_manager is not None
         handshakes = [h for _, h in sorted(metadata.items()) if isinstance(h, KvHandshake)]
-        self._kv = ElasticKv(self.settings, self._geometry, self._block_tokens, self._kv_cache_manager.block_pool,
-                             handshakes)
+        self._kv = ElasticKv(
+            self.settings, self._geometry, self._block_tokens, self._kv_cache_manager.block_pool, handshakes
+        )
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         return self.kv.take_moves()

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm.v1.core.block_pool import BlockPool
+
 from memory_agent.extents import ExtentMap, KvGeometry
 from memory_agent.lease_board import MAX_WORKERS, AgentWord, EngineWord, LeaseBoard
 from replicas.elastic_settings import ElasticSettings
 from replicas.kv_moves import KvAck, KvHandshake, KvMoves
 from replicas.kv_parking import ExtentState, KvParking
 from replicas.kv_plan import KvPlan, KvState, plan_moves
-from vllm.v1.core.block_pool import BlockPool
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,15 @@ class ElasticKv:
     Raises BoardError where the lease board cannot be used, ValueError where the ranks disagree on their memory.
     """
 
-    def __init__(self, settings: ElasticSettings, geometry: KvGeometry, block_tokens: int, pool: BlockPool,
-                 handshakes: list[KvHandshake], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        settings: ElasticSettings,
+        geometry: KvGeometry,
+        block_tokens: int,
+        pool: BlockPool,
+        handshakes: list[KvHandshake],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         first = handshakes[0]
         for other in handshakes[1:]:
             if (other.chunk_bytes, other.mapped_extents) != (first.chunk_bytes, first.mapped_extents):
@@ -105,10 +113,18 @@ class ElasticKv:
         self._over_since = None if self._wanted <= self._limit else self._over_since or now
         self._idle_since = None if demand.running or demand.waiting else self._idle_since or now
         self._shortage = False
-        self._plan = plan_moves(KvState(
-            limit=self._limit, mapped=self._n(ExtentState.MAPPED), mapping=self._n(ExtentState.MAPPING),
-            unmapping=self._n(ExtentState.UNMAPPING), wanted=self._wanted, rest=self._rest, idle=self._is_idle(now),
-            batch=self._batch if now >= self._map_retry_at else 0))
+        self._plan = plan_moves(
+            KvState(
+                limit=self._limit,
+                mapped=self._n(ExtentState.MAPPED),
+                mapping=self._n(ExtentState.MAPPING),
+                unmapping=self._n(ExtentState.UNMAPPING),
+                wanted=self._wanted,
+                rest=self._rest,
+                idle=self._is_idle(now),
+                batch=self._batch if now >= self._map_retry_at else 0,
+            )
+        )
         self._unmap_now = self.parking.begin_unmap(self._plan.shrink)
         if self._plan.forced:
             self._preempt_until_it_fits(demand.blocks_returning, preempt)
@@ -117,8 +133,9 @@ class ElasticKv:
     def take_moves(self) -> KvMoves:
         """The moves to send with this step; they are in flight until every rank has answered."""
         grow = max(self._plan.grow, 1) if self._shortage else self._plan.grow
-        moves = KvMoves(unmap=self._unmap_now + self._aborted,
-                        map=self.parking.begin_map(min(grow, self._limit - self._committed)))
+        moves = KvMoves(
+            unmap=self._unmap_now + self._aborted, map=self.parking.begin_map(min(grow, self._limit - self._committed))
+        )
         self._plan, self._unmap_now, self._aborted = KvPlan(), [], []
         if moves.unmap or moves.map:
             self._sequence += 1
@@ -153,7 +170,7 @@ class ElasticKv:
         return now - self._over_since < (self._settings.patience_s if raising else self._settings.notice_s)
 
     def has_work(self) -> bool:
-        """True while an engine without requests must step all the same: a lease unread, moves in flight, idle memory."""
+        """True while an engine without requests must step: a lease unread, moves in flight, idle memory."""
         if self._flights or self._aborted or self.row.lease.revision != self.row.get(EngineWord.APPLIED_REVISION):
             return True
         return self._is_idle(self._clock()) and self.parking.has_free_extent_beyond(self._rest)
@@ -228,9 +245,13 @@ class ElasticKv:
         row.set(EngineWord.REST_BYTES, self._rest * self._extent_bytes)
         self._publish(StepDemand(0, 0, 0, 0, 0), row.lease.revision)
         row.set(EngineWord.PID, os.getpid())
-        logger.info("KV memory: %d blocks at the ceiling, %d mapped, extents of %d blocks and %d bytes",
-                    self._blocks_ceiling, self.parking.mapped_blocks, self._extents.blocks_per_extent,
-                    self._extent_bytes)
+        logger.info(
+            "KV memory: %d blocks at the ceiling, %d mapped, extents of %d blocks and %d bytes",
+            self._blocks_ceiling,
+            self.parking.mapped_blocks,
+            self._extents.blocks_per_extent,
+            self._extent_bytes,
+        )
 
     def _publish(self, demand: StepDemand, revision: int) -> None:
         """This step's numbers. COMMITTED_BYTES goes before APPLIED_REVISION: whoever sees the revision acknowledged

@@ -3,15 +3,16 @@
 from itertools import islice
 from typing import Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+
 from memory_agent.lease_board import EngineWord, ReplicaWord
 from replicas.elastic_connector import ElasticKVConnector
 from replicas.elastic_kv import ElasticKv, StepDemand
 from replicas.kv_plan import blocks_ahead
 from replicas.vllm_adapter import check_scheduler, preempt_last, returning_blocks
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.metrics.stats import SchedulerStats
 
 _RESERVE_BLOCKS = 1
 """Free blocks kept mapped beyond what the queues ask for, so that the next short request need not wait a step."""
@@ -80,8 +81,9 @@ class _Elastic(Scheduler):
         tokens, active = kv.row.get(ReplicaWord.TOKEN_BUDGET_MAX), kv.row.get(ReplicaWord.ACTIVE_MAX)
         # A budget below the running decodes would starve the same requests for ever.
         floor = self.max_num_running_reqs
-        self.max_num_scheduled_tokens = min(max(tokens, floor), self._own_token_budget) if tokens else (
-            self._own_token_budget)
+        self.max_num_scheduled_tokens = (
+            min(max(tokens, floor), self._own_token_budget) if tokens else (self._own_token_budget)
+        )
         self.max_num_active_reqs = min(active, self._own_active) if active else self._own_active
         self._target_revision = revision
         kv.row.set(EngineWord.TARGET_REVISION_APPLIED, revision)

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from replicas.elastic_settings import ElasticSettings
-from replicas.spec import EngineSpec
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
+
+from replicas.elastic_settings import ElasticSettings
+from replicas.spec import EngineSpec
 
 
 def build_engine_args(spec: EngineSpec, **overrides: Any) -> AsyncEngineArgs:

@@ -74,13 +74,18 @@ class KvMemory:
     def require_adopted(self) -> None:
         """Raises RuntimeError unless vLLM's KV cache lies on this memory."""
         if not self._adopted:
-            raise RuntimeError("vLLM allocated its KV cache in another way than torch.zeros of "
-                               f"{self._geometry.size_bytes} int8: this version cannot be made elastic")
+            raise RuntimeError(
+                "vLLM allocated its KV cache in another way than torch.zeros of "
+                f"{self._geometry.size_bytes} int8: this version cannot be made elastic"
+            )
 
     def answers(self, size: Any, dtype: Any) -> bool:
         """Is this torch.zeros call vLLM's KV allocation?"""
-        return not self._adopted and dtype is torch.int8 and size in (
-            self._geometry.size_bytes, (self._geometry.size_bytes,), [self._geometry.size_bytes])
+        return (
+            not self._adopted
+            and dtype is torch.int8
+            and size in (self._geometry.size_bytes, (self._geometry.size_bytes,), [self._geometry.size_bytes])
+        )
 
 
 class KvAllocation(TorchFunctionMode):

@@ -3,7 +3,7 @@
     scheduler --KvMoves--> every worker      with a step: unmap these extents, then map those, before the forward
     scheduler <--KvAcks--- every worker      with that step's output: who did what
 
-A block of a mapping extent stays parked until every rank has acknowledged it; a rank that failed aborts the move on all.
+A block of a mapping extent stays parked until every rank has acknowledged it; a rank that failed aborts it on all.
 """
 
 from dataclasses import dataclass, field
@@ -49,7 +49,7 @@ class KvHandshake(KVConnectorHandshakeMetadata):
     """What a worker reports once, when its KV tensor exists.
 
     Attributes:
-        pid, memory_fd: the process, and the descriptor in it that backs the memory (for the operating system's numbers).
+        pid, memory_fd: the process, and the descriptor in it that backs the memory.
         chunk_bytes: size of a physical chunk, from the backend's granularity and the model's KV geometry.
         mapped_extents: mapped from the start.
     """

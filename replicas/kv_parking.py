@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 
-from memory_agent.extents import ExtentMap
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+from memory_agent.extents import ExtentMap
 
 
 class ExtentState(Enum):
@@ -85,8 +86,10 @@ class KvParking:
             self._move(extent, ExtentState.MAPPING, ExtentState.UNMAPPING)
 
     def begin_unmap(self, count: int) -> list[int]:
-        """Up to ``count`` extents without a used block, now UNMAPPING and out of vLLM's reach. Extents that hold nothing
-        go first, then the ones whose cached blocks were least recently used."""
+        """Up to ``count`` extents without a used block, now UNMAPPING and out of vLLM's reach.
+
+        Extents that hold nothing go first, then the ones whose cached blocks were least recently used.
+        """
         chosen = [extent for _, extent in heapq.nsmallest(count, self._free_extents())] if count > 0 else []
         for extent in chosen:
             blocks = self._blocks(extent)
@@ -104,8 +107,12 @@ class KvParking:
     def all_in_pool(self) -> Iterator[None]:
         """Lend every parked block to the pool for a moment, for operations of vLLM that insist on an unused pool.
         Nothing may be allocated meanwhile."""
-        held = [block for extent, state in enumerate(self._state) if state is not ExtentState.MAPPED
-                for block in self._blocks(extent)]
+        held = [
+            block
+            for extent, state in enumerate(self._state)
+            if state is not ExtentState.MAPPED
+            for block in self._blocks(extent)
+        ]
         self._pool.free_blocks(held)
         try:
             yield

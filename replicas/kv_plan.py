@@ -32,7 +32,7 @@ class KvState:
 
 @dataclass(frozen=True)
 class KvPlan:
-    """Extents to map and to unmap; ``forced`` when the lease demands it, so that cached and even used blocks must go."""
+    """Extents to map and to unmap; ``forced`` when the lease demands it, so that even used blocks must go."""
 
     grow: int = 0
     shrink: int = 0

@@ -19,7 +19,7 @@ from replicas.spec import EngineSpec
 
 @dataclass
 class LocalEngine:
-    """A running engine. ``row`` is its row of a board that the caller writes in the agent's place; None for a static one."""
+    """A running engine. ``row`` is its row of the lease board; None for a static one."""
 
     llm: AsyncLLM
     row: Row | None
@@ -51,8 +51,9 @@ class LocalEngine:
 
     async def generate(self, prompt: Sequence[int], tokens: int, request_id: str) -> list[int]:
         """Greedy token ids, exactly ``tokens`` of them."""
-        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True,
-                                output_kind=RequestOutputKind.FINAL_ONLY)
+        params = SamplingParams(
+            temperature=0.0, max_tokens=tokens, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
+        )
         out: list[int] = []
         async for output in self.llm.generate({"prompt_token_ids": list(prompt)}, params, request_id):
             out = list(output.outputs[0].token_ids)
@@ -78,7 +79,7 @@ async def local_engine(spec: EngineSpec, board: Path | None, limit_bytes: int = 
         async with _running(spec, str(board), row) as engine:
             yield engine
     finally:
-        board.unlink()
+        os.unlink(board)
 
 
 @asynccontextmanager

@@ -1,7 +1,7 @@
-"""The one place that touches vLLM's scheduler below its public surface, and the check that it still looks as expected.
+"""The one place that touches vLLM's scheduler below its public surface, with a check that it looks as expected.
 
-vLLM has no public way to preempt a running request when memory has to go back to a neighbour. ``preempt_last`` does what
-``Scheduler.reset_prefix_cache(reset_running_requests=True)`` does, for one request.
+vLLM has no public way to preempt a running request when memory has to go back to a neighbour. ``preempt_last`` does
+what ``Scheduler.reset_prefix_cache(reset_running_requests=True)`` does, for one request.
 """
 
 import inspect
@@ -24,8 +24,14 @@ def check_scheduler(scheduler: Scheduler) -> None:
     parameters = list(inspect.signature(Scheduler._preempt_request).parameters)
     if parameters != ["self", "request", "timestamp", "drop_stale_output"]:
         raise IncompatibleVllm(f"Scheduler._preempt_request has parameters {parameters}")
-    for name in ("running", "waiting", "deferred_frees", "prev_step_scheduled_req_ids", "max_num_active_reqs",
-                 "max_num_scheduled_tokens"):
+    for name in (
+        "running",
+        "waiting",
+        "deferred_frees",
+        "prev_step_scheduled_req_ids",
+        "max_num_active_reqs",
+        "max_num_scheduled_tokens",
+    ):
         if not hasattr(scheduler, name):
             raise IncompatibleVllm(f"Scheduler has no attribute {name!r}")
 

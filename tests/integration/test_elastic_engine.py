@@ -23,10 +23,18 @@ TOKENS = 60
 
 def spec(elastic: bool, async_scheduling: bool | None = None) -> EngineSpec:
     return EngineSpec(
-        model_name="smollm2", model_path=str(get_default_model(lambda line: None)), max_model_len=2048, dtype="float32",
-        kv_ceiling_bytes=CEILING_BLOCKS * BLOCK_BYTES, kv_rest_bytes=REST_BLOCKS * BLOCK_BYTES,
-        kv_guarantee_bytes=GUARANTEE_BLOCKS * BLOCK_BYTES, weights_bytes=538 << 20, max_num_seqs=16,
-        max_num_batched_tokens=1024, elastic=elastic, async_scheduling=async_scheduling,
+        model_name="smollm2",
+        model_path=str(get_default_model(lambda line: None)),
+        max_model_len=2048,
+        dtype="float32",
+        kv_ceiling_bytes=CEILING_BLOCKS * BLOCK_BYTES,
+        kv_rest_bytes=REST_BLOCKS * BLOCK_BYTES,
+        kv_guarantee_bytes=GUARANTEE_BLOCKS * BLOCK_BYTES,
+        weights_bytes=538 << 20,
+        max_num_seqs=16,
+        max_num_batched_tokens=1024,
+        elastic=elastic,
+        async_scheduling=async_scheduling,
         engine_args={"enforce_eager": True},
     )
 
@@ -35,8 +43,10 @@ def prompts() -> list[list[int]]:
     """Eight prompts of 100 to 500 tokens, pairs of which share their first 256, so that the prefix cache is hit."""
     rng = random.Random(7)
     shared = [rng.randrange(1000, 40000) for _ in range(256)]
-    return [(shared if i % 2 else []) + [rng.randrange(1000, 40000) for _ in range(rng.randrange(100, 250))]
-            for i in range(8)]
+    return [
+        (shared if i % 2 else []) + [rng.randrange(1000, 40000) for _ in range(rng.randrange(100, 250))]
+        for i in range(8)
+    ]
 
 
 @asynccontextmanager

@@ -53,7 +53,7 @@ class Samples:
         return max(first + second for _, first, second in self.held)
 
     def most_of(self, engine: int, since: float = 0.0) -> int:
-        return max(sample[1 + engine] for sample in self.held if sample[0] >= since)
+        return max((sample[1 + engine] for sample in self.held if sample[0] >= since), default=0)
 
     def least_of(self, engine: int, since: float) -> int:
         return min(sample[1 + engine] for sample in self.held if sample[0] >= since)
@@ -108,8 +108,10 @@ async def two_engines(agent: Any) -> None:
     places = [await register(agent, engine_id) for engine_id in ("first", "second")]
     rows = [LeaseBoard.open(Path(place.board_path)).row(place.row) for place in places]
     async with local_engine_at(spec(), places[0]) as first, local_engine_at(spec(), places[1]) as second:
-        watches = [asyncio.create_task(watch_lease(row, engine.wake, WakePolicy()))
-                   for row, engine in zip(rows, (first, second), strict=True)]
+        watches = [
+            asyncio.create_task(watch_lease(row, engine.wake, WakePolicy()))
+            for row, engine in zip(rows, (first, second), strict=True)
+        ]
         with sampled(rows) as samples:
             await demand_moves(first, second, samples)
         for watch in watches:

@@ -114,11 +114,18 @@ async def test_a_body_in_pieces_arrives_whole(two: httpx.AsyncClient) -> None:
     assert answer == {"by": "large", "body": '{"model": "large"}'}
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"model": 3}', b'{"model": "other"}', b'{"a": 1}'])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"model": 3}', b'{"a": 1}'])
 async def test_what_names_no_model_gets_vllms_own_error(two: httpx.AsyncClient, body: bytes) -> None:
-    """Bodies that name none of the models go to the first application unchanged: it knows the right error."""
+    """Bodies that name no model at all go to the first application unchanged: it knows the right error."""
     answer = (await two.post("/v1/completions", content=body)).json()
     assert answer == {"by": "small", "body": body.decode()}
+
+
+async def test_another_name_is_refused_with_the_served_ones(two: httpx.AsyncClient) -> None:
+    """A name that no model has is a 404 in OpenAI's error form that lists the models of the cluster."""
+    answer = await two.post("/v1/completions", json={"model": "other"})
+    assert answer.status_code == 404
+    assert "`other` does not exist. This cluster serves: small, large." in answer.json()["error"]["message"]
 
 
 async def test_models_are_listed_together(two: httpx.AsyncClient) -> None:

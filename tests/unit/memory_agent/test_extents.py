@@ -117,9 +117,7 @@ def test_layer_outermost_groups_overlay_page_by_page() -> None:
 
 def test_overlays_of_different_strides_are_never_called_aligned() -> None:
     """Where block 1 of one group lies under block 2 of the other, extents share slots and say so."""
-    geometry = KvGeometry(
-        8192 * 32, 32, (KvRegion(0, 1, 8192 * 32, 8192, 8192), KvRegion(0, 2, 4096 * 32, 4096, 4096))
-    )
+    geometry = KvGeometry(8192 * 32, 32, (KvRegion(0, 1, 8192 * 32, 8192, 8192), KvRegion(0, 2, 4096 * 32, 4096, 4096)))
     extents = ExtentMap(geometry, choose_chunk_bytes(geometry, 4096))
     assert not extents.aligned
 

@@ -1,5 +1,6 @@
 """The scheduler's side of elastic KV memory, against a real vLLM block pool and simulated workers."""
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,8 +34,14 @@ class World:
         self.extent_bytes = chunk * ranks
         self.set_limit_extents(2)
         handshake = KvHandshake(pid=1, memory_fd=3, chunk_bytes=chunk, mapped_extents=[0])
-        self.kv = ElasticKv(ElasticSettings(str(board), 0, rest_bytes=chunk), geometry, 16, self.pool,
-                            [handshake] * ranks, clock=lambda: self.now)
+        self.kv = ElasticKv(
+            ElasticSettings(str(board), 0, rest_bytes=chunk),
+            geometry,
+            16,
+            self.pool,
+            [handshake] * ranks,
+            clock=lambda: self.now,
+        )
         self.in_flight: list[KvMoves] = []
         self.requests: list[list[KVCacheBlock]] = []
 
@@ -173,10 +180,8 @@ def test_waiting_helps_only_while_memory_is_on_its_way(world: World) -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 3), st.integers(1, 3), st.data())
 def test_memory_is_conserved_and_the_lease_obeyed(ranks: int, run: int, data: st.DataObject) -> None:
-    """Along any sequence of leases, demands, allocations, failures and delays: no block in the free queue without memory,
-    and after the moves have settled no more committed than the lease."""
-    import tempfile
-
+    """Along any sequence of leases, demands, allocations, failures and delays: no block in the free queue without
+    memory, and after the moves have settled no more committed than the lease."""
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder) / "board", ranks, run)
         for _ in range(data.draw(st.integers(1, 25))):

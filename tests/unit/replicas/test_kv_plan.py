@@ -6,8 +6,17 @@ from hypothesis import strategies as st
 from replicas.kv_plan import KvState, blocks_ahead, plan_moves
 
 extents = st.integers(0, 50)
-states = st.builds(KvState, limit=extents, mapped=extents, mapping=extents, unmapping=extents, wanted=extents,
-                   rest=st.integers(1, 10), idle=st.booleans(), batch=st.integers(0, 20))
+states = st.builds(
+    KvState,
+    limit=extents,
+    mapped=extents,
+    mapping=extents,
+    unmapping=extents,
+    wanted=extents,
+    rest=st.integers(1, 10),
+    idle=st.booleans(),
+    batch=st.integers(0, 20),
+)
 
 
 @given(states)
