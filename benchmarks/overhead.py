@@ -13,6 +13,7 @@ times a second, so that memory is really mapped and unmapped all the time.
 
 import argparse
 import asyncio
+import os
 import random
 import signal
 import statistics
@@ -25,6 +26,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.record import finish
+from cluster.app import engine_environment
 from cluster.default_model import get_default_model
 from memory_agent.lease_board import EngineWord
 from replicas.local_engine import LocalEngine, local_engine
@@ -77,7 +79,7 @@ async def breathing(engine: LocalEngine) -> AsyncIterator[None]:
     async def breathe() -> None:
         while True:
             demand = max(engine.word(EngineWord.USED_BYTES), engine.word(EngineWord.DEMAND_BYTES))
-            engine.set_limit(max(demand + CLIENTS * BLOCK_BYTES, GUARANTEE_BLOCKS * BLOCK_BYTES))
+            engine.set_limit(max(demand + 2 * BLOCK_BYTES, GUARANTEE_BLOCKS * BLOCK_BYTES))
             await asyncio.sleep(0.1)
             engine.set_limit(CEILING_BLOCKS * BLOCK_BYTES)
             await asyncio.sleep(0.23)
@@ -94,7 +96,7 @@ async def closed_loop(engine: LocalEngine, requests: int, seed: int) -> float:
     rng = random.Random(seed)
     work = iter(
         [
-            ([rng.randrange(1000, 40000) for _ in range(rng.randrange(64, 384))], rng.randrange(16, 128))
+            ([rng.randrange(1000, 40000) for _ in range(rng.randrange(64, 384))], rng.randrange(16, 96))
             for _ in range(requests)
         ]
     )
@@ -103,7 +105,8 @@ async def closed_loop(engine: LocalEngine, requests: int, seed: int) -> float:
     async def client(number: int) -> None:
         nonlocal produced
         for i, (prompt, tokens) in enumerate(work):
-            produced += len(await engine.generate(prompt, tokens, f"{seed}-{number}-{i}"))
+            answer = await engine.generate(prompt, tokens, f"{seed}-{number}-{i}")
+            produced += len(answer)
 
     started = time.perf_counter()
     await asyncio.gather(*(client(i) for i in range(CLIENTS)))
@@ -214,6 +217,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7, help="alternating pairs of runs that count (default 7)")
     parser.add_argument("--requests", type=int, default=48, help="requests a run (default 48)")
     args = parser.parse_args()
+    os.environ.update(engine_environment(spec(True), engines=2))
     asyncio.run(measure(args.pairs, args.requests))
 
 

@@ -4,7 +4,7 @@
     shared memory    /dev/shm/ellm-<cluster id>-*, and Python's psm_* and sem.mp-* that our processes have mapped
     temporary files  one folder, ellm-<cluster id>, with Ray's sockets and logs
 
-Where the owner was killed outright, the kernel ends Ray with it, and the next start removes the files that were left.
+Where the owner was killed outright, the kernel ends most of Ray with it, and the next start removes what was left.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import psutil
 SHM = Path("/dev/shm")
 _PREFIX = "ellm-"
 _OWNER_FILE = "owner.pid"
+_SEGMENTS_FILE = "segments"
 _PR_SET_CHILD_SUBREAPER = 36
 _KILL_ROUNDS = 3
 _KILL_PATIENCE_S = 5.0
@@ -48,11 +49,18 @@ class Footprint:
         """False where Ray's control store or its node process is not there: then no call into Ray comes back."""
         return {_name(process) for process in self.processes()} >= {"gcs_server", "raylet"}
 
+    def note_segments(self) -> None:
+        """Write down the shared memory that our processes have mapped, to remove it even where they are killed."""
+        file = self.folder / _SEGMENTS_FILE
+        known = set(file.read_text(encoding="utf-8").splitlines()) if file.exists() else set()
+        mapped = {name for process in self.processes() for name in _mapped_segments(process)}
+        file.write_text("\n".join(sorted(known | mapped)), encoding="utf-8")
+
     def clear(self, patience_s: float = 5.0) -> list[str]:
         """End every process, gently first, and remove every file. Returns the commands of processes that had to be
         killed."""
+        self.note_segments()
         left = self.processes()
-        mapped = {path for process in left for path in _mapped_segments(process)}
         for process in left:
             _signal(process, kill=False)
         psutil.wait_procs(left, timeout=patience_s)
@@ -64,8 +72,6 @@ class Footprint:
                 _signal(process, kill=True)
             psutil.wait_procs(left, timeout=_KILL_PATIENCE_S)
         self._reap()
-        for path in mapped:
-            path.unlink(missing_ok=True)
         _remove(self.cluster_id, self.folder)
         return killed
 
@@ -78,7 +84,7 @@ class Footprint:
 
 
 def remove_leftovers() -> list[str]:
-    """Remove the files of clusters whose owner is dead; returns their cluster ids."""
+    """End what is left of clusters whose owner is dead, and remove their files; returns their cluster ids."""
     removed = []
     for folder in _temp_root().glob(f"{_PREFIX}*/"):
         try:
@@ -87,12 +93,30 @@ def remove_leftovers() -> list[str]:
             continue  # not ours, or of another user
         if not psutil.pid_exists(owner):
             cluster_id = folder.name.removeprefix(_PREFIX)
+            users = _users_of(folder)
+            for process in users:
+                _signal(process, kill=True)
+            psutil.wait_procs(users, timeout=_KILL_PATIENCE_S)
             _remove(cluster_id, folder)
             removed.append(cluster_id)
     return removed
 
 
+def _users_of(folder: Path) -> list[psutil.Process]:
+    """Processes that have a file below ``folder`` open: of Ray's, some notice the end of the others late or never."""
+    users = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError):  # not ours to look into, or gone
+            fds = Path(f"/proc/{process.pid}/fd")
+            if any(str(fd.readlink()).startswith(f"{folder}/") for fd in fds.iterdir()):
+                users.append(process)
+    return users
+
+
 def _remove(cluster_id: str, folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        for name in (folder / _SEGMENTS_FILE).read_text(encoding="utf-8").splitlines():
+            (SHM / name).unlink(missing_ok=True)
     for path in SHM.glob(f"{_PREFIX}{cluster_id}-*"):
         path.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -111,14 +135,14 @@ def _adopt_orphans() -> None:
         libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _mapped_segments(process: psutil.Process) -> set[Path]:
-    """Shared memory and semaphores of Python's multiprocessing in the process: a killed one leaves them behind."""
+def _mapped_segments(process: psutil.Process) -> set[str]:
+    """Names of Python's own shared memory and semaphores in the process: multiprocessing gives them random ones."""
     try:
         lines = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return set()
-    paths = {line.split(maxsplit=5)[5] for line in lines if f" {SHM}/" in line}
-    return {Path(path) for path in paths if path.startswith((f"{SHM}/psm_", f"{SHM}/sem.mp-"))}
+    names = {line.split(f" {SHM}/")[1] for line in lines if f" {SHM}/" in line}
+    return {name for name in names if name.startswith(("psm_", "sem.mp-")) and " " not in name}
 
 
 def _alive(process: psutil.Process) -> bool:

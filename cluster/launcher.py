@@ -94,6 +94,7 @@ class LocalCluster:
                 say("memory agent and controller are up")
             with self._stage("replicas") as say:
                 self._start_replicas(sizing, agent_spec, say)
+                self.footprint.note_segments()
             with self._stage("ready") as say:
                 for model in self.config.models:
                     say(f"{model.name} answers: {answer_once(self.url, model.name)!r}")
@@ -109,6 +110,7 @@ class LocalCluster:
         began = time.monotonic()
         self._report("stop", 0.0, "stopping what was started; Ctrl-C kills at once")
         try:
+            footprint.note_segments()
             while self._undo:
                 what, undo = self._undo.pop()
                 self._report("stop", time.monotonic() - began, what)

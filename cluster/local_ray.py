@@ -25,6 +25,7 @@ def start_ray(footprint: Footprint, num_cpus: int, object_store_bytes: int) -> N
     for name in _CLEARED:
         os.environ.pop(name, None)
     os.environ.update(_ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
+    os.environ["VLLM_RPC_BASE_PATH"] = str(footprint.folder)  # vLLM leaves its sockets behind
     import ray
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled, without stubs
 

@@ -15,6 +15,7 @@ from memory_agent.agent import Registration
 from memory_agent.lease_board import LIMIT_UNIT_BYTES, AgentWord, EngineWord, Lease, LeaseBoard, Row, RowState
 from replicas.engine_config import build_vllm_config
 from replicas.spec import EngineSpec
+from replicas.vllm_plugin import own_engine_processes
 
 
 @dataclass
@@ -92,6 +93,7 @@ async def local_engine_at(spec: EngineSpec, place: Registration) -> AsyncIterato
 
 @asynccontextmanager
 async def _running(spec: EngineSpec, board: str, row: Row | None) -> AsyncIterator[LocalEngine]:
+    own_engine_processes()
     config = build_vllm_config(spec, board, row.index if row else 0)
     before = {child.pid for child in psutil.Process().children()}
     llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)

@@ -4,6 +4,7 @@ controller."""
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +22,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the shared cluster first: those that only need some Ray then find it connected and start none of
     their own."""
     items.sort(key=lambda item: not {"cluster", "local_cluster"} & set(getattr(item, "fixturenames", ())))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vllm_sockets() -> Iterator[None]:
+    """vLLM leaves the sockets of its engines behind: give engines outside the shared cluster a folder for them."""
+    with tempfile.TemporaryDirectory(prefix="ellm-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_RPC_BASE_PATH", folder)
+        yield
 
 
 @pytest.fixture(scope="session")

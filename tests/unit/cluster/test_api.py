@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,6 +84,8 @@ def test_each_route_is_in_the_table_once() -> None:
     listed = [route.path for route in API_ROUTES]
     assert len(listed) == len(set(listed))
     assert len(routes_table().splitlines()) == len(listed) + 2
+    page = Path(__file__).parents[3] / "docs" / "api.md"
+    assert routes_table() in page.read_text(encoding="utf-8"), "write the table anew: python -m cluster.api_routes"
 
 
 @pytest.mark.parametrize("route", [route for route in API_ROUTES if route.state is RouteState.NOT_YET])

@@ -74,14 +74,19 @@ def test_files_and_shared_memory_are_removed() -> None:
 
 
 def test_what_a_killed_owner_left_is_removed_at_the_next_start() -> None:
-    """Files of a cluster whose process is gone go; those of a living one stay."""
+    """Files and processes of a cluster whose owner is gone go, and those of a living one stay."""
     code = (
-        "from cluster.footprint import *; f = Footprint(); (SHM / f'ellm-{f.cluster_id}-cpu.board').touch(); "
-        "print(f.cluster_id, flush=True); import os; os.kill(os.getpid(), 9)"
+        "import os, subprocess; from cluster.footprint import *; "
+        "f = Footprint(); (SHM / f'ellm-{f.cluster_id}-cpu.board').touch(); log = open(f.folder / 'log', 'w'); "
+        "worker = subprocess.Popen(['sleep', '1000'], stdout=log, stderr=log); "
+        "print(f.cluster_id, worker.pid, flush=True); os.kill(os.getpid(), 9)"
     )
-    dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    dead, worker = done.stdout.split()
     alive = Footprint()
+    assert running(int(worker))
     assert dead in remove_leftovers()
     assert list(SHM.glob(f"ellm-{dead}-*")) == []
+    assert not running(int(worker))
     assert alive.folder.exists()
     alive.clear()
