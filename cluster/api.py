@@ -26,6 +26,7 @@ from vllm.entrypoints.serve import create_error_response
 from cluster.api_metrics import MetricsEndpoint
 from cluster.api_routes import API_ROUTES, RouteState
 from cluster.cluster_status import ControllerAwayError, read_snapshot
+from cluster.disconnect import CancelledAsDisconnect
 from cluster.engine import ClusterEngine
 
 ALL_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
@@ -69,9 +70,9 @@ def build_api(models: Sequence[ServedModel], metrics: MetricsEndpoint) -> Starle
     ]
     if len(models) > 1:
         routes.append(Route("/v1/models", all_models))
-        routes.append(Mount("/", ModelSwitch({model.name: model.app for model in models})))
+        routes.append(Mount("/", CancelledAsDisconnect(ModelSwitch({model.name: model.app for model in models}))))
     else:
-        routes.append(Mount("/", models[0].app))
+        routes.append(Mount("/", CancelledAsDisconnect(models[0].app)))
     return Starlette(routes=routes, lifespan=lifespan)
 
 

