@@ -19,6 +19,8 @@ import psutil
 
 SHM = Path("/dev/shm")
 _PREFIX = "ellm-"
+_SEGMENTS = ("psm_", "sem.mp-")
+"""What Python's multiprocessing calls its shared memory and its semaphores, before a random part."""
 _OWNER_FILE = "owner.pid"
 _SEGMENTS_FILE = "segments"
 _PR_SET_CHILD_SUBREAPER = 36
@@ -53,7 +55,8 @@ class Footprint:
         """Write down the shared memory that our processes have mapped, to remove it even where they are killed."""
         file = self.folder / _SEGMENTS_FILE
         known = set(file.read_text(encoding="utf-8").splitlines()) if file.exists() else set()
-        mapped = {name for process in self.processes() for name in _mapped_segments(process)}
+        inodes = {inode for process in self.processes() for inode in _shared_inodes(process)}
+        mapped = {file.name for file in SHM.iterdir() if file.name.startswith(_SEGMENTS) and _inode(file) in inodes}
         file.write_text("\n".join(sorted(known | mapped)), encoding="utf-8")
 
     def clear(self, patience_s: float = 5.0) -> list[str]:
@@ -135,14 +138,20 @@ def _adopt_orphans() -> None:
         libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _mapped_segments(process: psutil.Process) -> set[str]:
-    """Names of Python's own shared memory and semaphores in the process: multiprocessing gives them random ones."""
+def _shared_inodes(process: psutil.Process) -> set[int]:
+    """Inodes of the shared memory that the process has mapped. Not names: a semaphore is mapped by a former one."""
     try:
         lines = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return set()
-    names = {line.split(f" {SHM}/")[1] for line in lines if f" {SHM}/" in line}
-    return {name for name in names if name.startswith(("psm_", "sem.mp-")) and " " not in name}
+    return {int(line.split(maxsplit=5)[4]) for line in lines if f" {SHM}/" in line}
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _alive(process: psutil.Process) -> bool:

@@ -14,8 +14,8 @@ from replicas.elastic_kv import ElasticKv, StepDemand
 from replicas.kv_plan import blocks_ahead
 from replicas.vllm_adapter import check_scheduler, preempt_last, returning_blocks
 
-_RESERVE_BLOCKS = 1
-"""Free blocks kept mapped beyond what the queues ask for, so that the next short request need not wait a step."""
+_MOST_RESERVE_BLOCKS = 16
+"""Bound on the blocks kept mapped beyond what the queues ask for."""
 
 
 class _Elastic(Scheduler):
@@ -61,9 +61,12 @@ class _Elastic(Scheduler):
     def _demand(self) -> StepDemand:
         """Blocks that would let every running request go on, and every waiting one that may become active start."""
         ahead = self._elastic_connector.settings.lookahead_tokens
-        wanted = _RESERVE_BLOCKS
+        wanted, reserve = 0, 1
         for request in self.running:
             wanted += blocks_ahead(request.num_tokens, request.num_computed_tokens, self.block_size, ahead)
+            reserve = max(reserve, blocks_ahead(request.num_prompt_tokens, 0, self.block_size, ahead))
+        # One more request like the largest running one can start without waiting a step for its memory.
+        wanted += min(reserve, _MOST_RESERVE_BLOCKS)
         slots = max(0, self.max_num_active_reqs - len(self.running))
         for request in islice(self.waiting, slots):
             wanted += blocks_ahead(request.num_tokens, 0, self.block_size, ahead)

@@ -58,16 +58,19 @@ def test_files_and_shared_memory_are_removed() -> None:
     foreign.touch()
     segment = SHM / f"psm_{footprint.cluster_id}"
     code = (
-        "import mmap, sys, time; file = open(sys.argv[1], 'wb+'); file.truncate(4096); "
-        "segment = mmap.mmap(file.fileno(), 4096); print(flush=True); time.sleep(1000)"
+        "import mmap, multiprocessing, sys, time; file = open(sys.argv[1], 'wb+'); file.truncate(4096); "
+        "segment = mmap.mmap(file.fileno(), 4096); lock = multiprocessing.get_context('spawn').Lock(); "
+        "print(lock._semlock.name, flush=True); time.sleep(1000)"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(segment)], stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", code, str(segment)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
-    holder.stdout.readline()
-    assert segment.exists()
+    semaphore = SHM / f"sem.{holder.stdout.readline().strip().removeprefix('/')}"
+    assert segment.exists() and semaphore.exists()
+    for process in psutil.Process(holder.pid).children():
+        process.kill()  # Python's tracker, which would remove the semaphore
     footprint.clear()
     holder.stdout.close()
-    assert [path for path in (footprint.folder, board, segment) if path.exists()] == []
+    assert [path for path in (footprint.folder, board, segment, semaphore) if path.exists()] == []
     assert foreign.exists()
     other.clear()
     assert not foreign.exists()
