@@ -35,7 +35,11 @@ class _Elastic(Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         kv = self._kv
         self._apply_target(kv)
-        kv.begin_step(self._demand(), self._preempt)
+        ahead = self._running_blocks_ahead()
+        kv.begin_step(self._demand(ahead), self._preempt)
+        # A request that is admitted now must not take the blocks that running ones need in the next steps: one that
+        # finds none holds up all that are scheduled after it.
+        self.kv_cache_manager.watermark_blocks = ahead
         output = super().schedule(throttle_prefills)
         self._preemptions += len(output.preempted_req_ids or ())
         return output
@@ -58,18 +62,23 @@ class _Elastic(Scheduler):
     def _kv(self) -> ElasticKv:
         return self._elastic_connector.kv
 
-    def _demand(self) -> StepDemand:
+    def _running_blocks_ahead(self) -> int:
+        """Blocks that the running requests need to finish their prefill, or soon for their next tokens."""
+        lookahead = self._elastic_connector.settings.lookahead_tokens
+        return sum(
+            blocks_ahead(request.num_tokens, request.num_computed_tokens, self.block_size, lookahead)
+            for request in self.running
+        )
+
+    def _demand(self, running_ahead: int) -> StepDemand:
         """Blocks that would let every running request go on, and every waiting one that may become active start."""
-        ahead = self._elastic_connector.settings.lookahead_tokens
-        wanted, reserve = 0, 1
-        for request in self.running:
-            wanted += blocks_ahead(request.num_tokens, request.num_computed_tokens, self.block_size, ahead)
-            reserve = max(reserve, blocks_ahead(request.num_prompt_tokens, 0, self.block_size, ahead))
+        lookahead = self._elastic_connector.settings.lookahead_tokens
         # One more request like the largest running one can start without waiting a step for its memory.
-        wanted += min(reserve, _MOST_RESERVE_BLOCKS)
+        prompts = [blocks_ahead(request.num_prompt_tokens, 0, self.block_size, lookahead) for request in self.running]
+        wanted = running_ahead + min(max(prompts, default=1), _MOST_RESERVE_BLOCKS)
         slots = max(0, self.max_num_active_reqs - len(self.running))
         for request in islice(self.waiting, slots):
-            wanted += blocks_ahead(request.num_tokens, 0, self.block_size, ahead)
+            wanted += blocks_ahead(request.num_tokens, 0, self.block_size, lookahead)
         running, waiting = self.get_request_counts()
         return StepDemand(running, waiting, wanted, returning_blocks(self), self._preemptions)
 

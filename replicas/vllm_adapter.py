@@ -34,6 +34,8 @@ def check_scheduler(scheduler: Scheduler) -> None:
     ):
         if not hasattr(scheduler, name):
             raise IncompatibleVllm(f"Scheduler has no attribute {name!r}")
+    if not hasattr(scheduler.kv_cache_manager, "watermark_blocks"):
+        raise IncompatibleVllm("KVCacheManager has no attribute 'watermark_blocks'")
 
 
 def preempt_last(scheduler: Scheduler) -> int:
