@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
 from cluster.default_model import get_default_model
@@ -130,16 +129,22 @@ async def rest_is_quiet(e: LocalEngine) -> None:
     """Idle for long enough, the engine gives back all but its rest, and then takes under 1 % of a core."""
     assert await settle(e, lambda: e.held_bytes_os() <= REST_BLOCKS * BLOCK_BYTES, seconds=10)
     await asyncio.sleep(1.5)  # vLLM's worker polls for a second after each step before it sleeps
-    processes = [psutil.Process(e.word(EngineWord.PID)), psutil.Process(e.row.workers[0][0] if e.row else 0)]
-    steps = e.word(EngineWord.STEPS)
-
-    def cpu_seconds() -> float:
-        return sum(sum(p.cpu_times()[:2]) for p in processes)
-
-    before, started = cpu_seconds(), time.monotonic()
+    steps, before, started = e.word(EngineWord.STEPS), cpu_seconds(e), time.monotonic()
     await asyncio.sleep(3)
-    assert (cpu_seconds() - before) / (time.monotonic() - started) < 0.01
+    assert (cpu_seconds(e) - before) / (time.monotonic() - started) < 0.01
     assert e.word(EngineWord.STEPS) == steps
+
+
+def cpu_seconds(e: LocalEngine) -> float:
+    """CPU time of the engine's threads so far, but for gloo's: they poll in plain vLLM just the same (about 1.7 % of a
+    core on CPU)."""
+    core = e.core_process()
+    nanoseconds = 0
+    for process in [core, *core.children(recursive=True)]:
+        for thread in Path(f"/proc/{process.pid}/task").iterdir():
+            if (thread / "comm").read_text().strip() != "gloo_tcp_loop":
+                nanoseconds += int((thread / "schedstat").read_text().split()[0])
+    return nanoseconds / 1e9
 
 
 def test_tokens_with_async_scheduling(reference: list[list[int]], tmp_path: Path) -> None:
