@@ -14,10 +14,10 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.cluster_view import ClusterView, PressureView, ReportOutcome, TargetBounds
-from memory_agent.controller_link import CONTROLLER_NAME, NAMESPACE
+from memory_agent.controller_link import CONTROLLER_NAME
+from memory_agent.durable_actor import ensure_actor
 from memory_agent.reports import DeviceReport
 from replicas.targets import ReplicaTarget
 
@@ -40,20 +40,8 @@ def ensure_controller(settings: TargetBounds) -> ActorHandle[Any]:
     """The controller, started where there is none, on this node for preference. A running one keeps its settings. Does
     not wait for the start."""
     node_id = ray.get_runtime_context().get_node_id()
-    options: dict[str, Any] = {
-        "name": CONTROLLER_NAME,
-        "namespace": NAMESPACE,
-        "get_if_exists": True,
-        "lifetime": "detached",
-        "max_restarts": -1,
-        "max_task_retries": -1,
-        "num_cpus": 0,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=True),
-    }
-    actor: Any = ray.remote(Controller)  # Ray's typing does not follow a class through ``ray.remote``
     bounds = _Bounds(settings.token_budget_max, settings.active_max)
-    handle: ActorHandle[Any] = actor.options(**options).remote(bounds)
-    return handle
+    return ensure_actor(Controller, CONTROLLER_NAME, node_id, bounds, soft=True)
 
 
 class Controller:

@@ -15,10 +15,10 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from memory_agent.controller_link import NAMESPACE, ControllerLink
+from memory_agent.controller_link import ControllerLink
 from memory_agent.device_report import DeviceReporter
+from memory_agent.durable_actor import ensure_actor
 from memory_agent.errors import SettingsError
 from memory_agent.lease_keeper import LeaseKeeper
 from memory_agent.reports import DeviceReport
@@ -77,19 +77,7 @@ def ensure_agent(spec: AgentSpec, node_id: str | None = None) -> ActorHandle[Any
     A running agent keeps its budget whatever ``spec`` says; ``set_budget`` changes it. Does not wait for the start.
     """
     node_id = node_id or ray.get_runtime_context().get_node_id()
-    options: dict[str, Any] = {
-        "name": agent_name(node_id, spec.device),
-        "namespace": NAMESPACE,
-        "get_if_exists": True,
-        "lifetime": "detached",
-        "max_restarts": -1,
-        "max_task_retries": -1,
-        "num_cpus": 0,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
-    }
-    actor: Any = ray.remote(MemoryAgent)  # Ray's typing does not follow a class through ``ray.remote``
-    handle: ActorHandle[Any] = actor.options(**options).remote(spec, node_id)
-    return handle
+    return ensure_actor(MemoryAgent, agent_name(node_id, spec.device), node_id, spec, node_id, soft=False)
 
 
 class MemoryAgent:

@@ -65,16 +65,16 @@ class LocalEngine:
 
 
 @asynccontextmanager
-async def local_engine(spec: EngineSpec, board: Path | None, limit_bytes: int = 0) -> AsyncIterator[LocalEngine]:
+async def local_engine(spec: EngineSpec, board: Path | None) -> AsyncIterator[LocalEngine]:
     """Start an engine; an elastic one if ``spec`` says so, on a new lease board at ``board`` that the caller writes in
-    the agent's place. The lease is ``limit_bytes`` at first, or the whole ceiling."""
+    the agent's place. The lease is the whole ceiling at first."""
     if board is None or not spec.elastic:
         async with _running(spec, "", None) as engine:
             yield engine
         return
     row = LeaseBoard.create(board, spec.kv_ceiling_bytes).row(0)
     row.name("engine", spec.model_name)
-    row.set(AgentWord.LEASE, Lease(limit_bytes or spec.kv_ceiling_bytes, 1).pack())
+    row.set(AgentWord.LEASE, Lease(spec.kv_ceiling_bytes, 1).pack())
     row.set(AgentWord.STATE, RowState.STARTING)
     try:
         async with _running(spec, str(board), row) as engine:
