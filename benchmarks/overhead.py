@@ -1,11 +1,11 @@
 """What elasticity costs without memory pressure, and how fast memory comes back after a burst.
 
-Two engines with the same settings, plain vLLM and elastic, are measured in alternating runs of a closed loop of
-clients with requests of mixed lengths; the one that is not measured is stopped (SIGSTOP), because an idle vLLM worker
-polls. While the elastic engine is measured, its lease is tightened to just above what it wants and widened again three
-times a second, so that memory is really mapped and unmapped all the time.
+Two engines with the same settings, plain vLLM and elastic, answer the same closed loop of requests of mixed lengths,
+in turns of two seconds: while one runs the other is stopped (SIGSTOP), so a machine that is slower for a while, as
+shared ones are, slows both. While the elastic engine runs, its lease is tightened to just above what it wants and
+widened again three times a second, so that memory is really mapped and unmapped all the time.
 
-    throughput_ratio       output tokens/s, elastic over plain: median over pairs of runs
+    throughput_ratio       output tokens/s, elastic over plain, each over its own turns: median over rounds
     bytes_returned_ratio   KV bytes of a burst of 32 requests that are back with the operating system within 5 s after
                            the pool was told to shrink, as a share of what the burst added: the lower of st_blocks and
                            the process tree's resident memory
@@ -19,8 +19,9 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -35,6 +36,8 @@ from replicas.spec import EngineSpec
 BLOCK_BYTES = 30 * 2 * 3 * 64 * 2 * 128  # layers x (K, V) x KV heads x head size x bfloat16 x tokens a block
 CEILING_BLOCKS, REST_BLOCKS, GUARANTEE_BLOCKS = 364, 8, 18
 CLIENTS = 16
+SLICE_S = 2.0
+"""A turn of one engine: short against the machine's slow and fast minutes, long against a step."""
 SLACK_BLOCKS = 8
 """Room above the demand when the lease is tightest: a step is long, and a new request must not wait for another."""
 
@@ -56,17 +59,30 @@ def spec(elastic: bool) -> EngineSpec:
     )
 
 
-@contextmanager
-def stopped(engine: LocalEngine) -> Iterator[None]:
-    """The engine's processes take no CPU meanwhile."""
-    processes = [p for p in psutil.Process().children(recursive=True) if p.pid in engine_pids(engine)]
-    for process in processes:
-        process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.send_signal(signal.SIGCONT)
+class Gate:
+    """As a context, keeps an engine's processes stopped, except where ``open`` lets them run."""
+
+    def __init__(self, engine: LocalEngine) -> None:
+        self._processes = [psutil.Process(pid) for pid in engine_pids(engine)]
+
+    def __enter__(self) -> "Gate":
+        self._signal(signal.SIGSTOP)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._signal(signal.SIGCONT)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        self._signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: int) -> None:
+        for process in self._processes:
+            process.send_signal(number)
 
 
 def engine_pids(engine: LocalEngine) -> set[int]:
@@ -76,7 +92,11 @@ def engine_pids(engine: LocalEngine) -> set[int]:
 
 @asynccontextmanager
 async def breathing(engine: LocalEngine) -> AsyncIterator[None]:
-    """Tighten the lease to just above what is wanted and widen it again: no pressure, only moves."""
+    """Tighten the lease to just above what is wanted and widen it again: no pressure, only moves. Nothing happens to a
+    static engine."""
+    if engine.row is None:
+        yield
+        return
 
     async def breathe() -> None:
         while True:
@@ -93,8 +113,8 @@ async def breathing(engine: LocalEngine) -> AsyncIterator[None]:
         task.cancel()
 
 
-async def closed_loop(engine: LocalEngine, requests: int, seed: int) -> float:
-    """Output tokens a second of ``requests`` requests from CLIENTS clients; no prompt is ever repeated."""
+async def closed_loop(engine: LocalEngine, requests: int, seed: int) -> int:
+    """Output tokens of ``requests`` requests from CLIENTS clients; no prompt is ever repeated."""
     rng = random.Random(seed)
     work = iter(
         [
@@ -110,13 +130,53 @@ async def closed_loop(engine: LocalEngine, requests: int, seed: int) -> float:
             answer = await engine.generate(prompt, tokens, f"{seed}-{number}-{i}")
             produced += len(answer)
 
-    started = time.perf_counter()
     await asyncio.gather(*(client(i) for i in range(CLIENTS)))
-    return produced / (time.perf_counter() - started)
+    return produced
+
+
+@dataclass
+class Run:
+    """One engine's part of a round: output tokens, and the seconds in which the engine was not stopped."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    maps: int = 0
+    unmaps: int = 0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+async def round_of_runs(engines: Sequence[LocalEngine], requests: int, seed: int) -> list[Run]:
+    """The same requests to every engine, in turns of SLICE_S seconds each, until all have answered."""
+    runs = [Run() for _ in engines]
+    with ExitStack() as stack:
+        gates = [stack.enter_context(Gate(engine)) for engine in engines]
+        loops = [asyncio.create_task(closed_loop(engine, requests, seed)) for engine in engines]
+        while not all(loop.done() for loop in loops):
+            for engine, gate, loop, run in zip(engines, gates, loops, runs, strict=True):
+                if loop.done():
+                    continue
+                moved = moved_extents(engine)
+                started = time.perf_counter()
+                with gate.open():
+                    async with breathing(engine):
+                        await asyncio.wait([loop], timeout=SLICE_S)
+                run.seconds += time.perf_counter() - started
+                run.maps, run.unmaps = (
+                    n + after - before
+                    for n, after, before in zip((run.maps, run.unmaps), moved_extents(engine), moved, strict=True)
+                )
+        for run, loop in zip(runs, loops, strict=True):
+            run.tokens = loop.result()
+    return runs
 
 
 def moved_extents(engine: LocalEngine) -> tuple[int, int]:
-    """Extents (here: KV blocks) mapped and unmapped since the engine's start."""
+    """Extents (here: KV blocks) mapped and unmapped since the engine's start; none by a static engine."""
+    if engine.row is None:
+        return 0, 0
     return engine.word(EngineWord.INFLATE_BYTES) // BLOCK_BYTES, engine.word(EngineWord.DEFLATE_BYTES) // BLOCK_BYTES
 
 
@@ -162,51 +222,41 @@ async def burst_returned(engine: LocalEngine) -> dict[str, float]:
     }
 
 
-async def measure(pairs: int, requests: int) -> None:
+async def measure(rounds: int, requests: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         board = Path(folder) / "board"
         async with local_engine(spec(False), None) as plain, local_engine(spec(True), board) as elastic:
-            ratios, rates, moves = [], [], []
-            for pair in range(pairs + 1):  # the first pair warms up and does not count
-                order = [plain, elastic] if pair % 2 else [elastic, plain]
-                rate: dict[bool, float] = {}
-                for engine in order:
-                    with stopped(plain if engine is elastic else elastic):
-                        before = moved_extents(elastic)
-                        started = time.monotonic()
-                        if engine is elastic:
-                            async with breathing(elastic):
-                                rate[True] = await closed_loop(engine, requests, pair)
-                            seconds = time.monotonic() - started
-                            moves.append(
-                                [(n - b) / seconds for n, b in zip(moved_extents(elastic), before, strict=True)]
-                            )
-                        else:
-                            rate[False] = await closed_loop(engine, requests, pair)
+            results: list[tuple[Run, Run]] = []
+            for number in range(rounds + 1):  # the first round warms up and does not count
+                if number % 2:
+                    p, e = await round_of_runs([plain, elastic], requests, number)
+                else:
+                    e, p = await round_of_runs([elastic, plain], requests, number)
                 print(
-                    f"pair {pair}: plain {rate[False]:.1f} tok/s, elastic {rate[True]:.1f} tok/s, "
-                    f"ratio {rate[True] / rate[False]:.3f}, {moves[-1][0]:.1f} maps/s, {moves[-1][1]:.1f} unmaps/s",
+                    f"round {number}: plain {p.tokens_per_s:.1f} tok/s, elastic {e.tokens_per_s:.1f} tok/s, "
+                    f"ratio {e.tokens_per_s / p.tokens_per_s:.3f}, "
+                    f"{e.maps / e.seconds:.1f} maps/s, {e.unmaps / e.seconds:.1f} unmaps/s",
                     flush=True,
                 )
-                if pair:
-                    ratios.append(rate[True] / rate[False])
-                    rates.append([rate[False], rate[True]])
-            with stopped(plain):
+                if number:
+                    results.append((p, e))
+            with Gate(plain):
                 returned = await burst_returned(elastic)
             print(f"burst of {returned['burst_bytes'] / 2**20:.0f} MiB back in {returned['seconds']:.2f} s", flush=True)
             preemptions = elastic.word(EngineWord.PREEMPTIONS)
+    ratios = [e.tokens_per_s / p.tokens_per_s for p, e in results]
     finish(
         "overhead",
         {
             "throughput_ratio": round(statistics.median(ratios), 4),
             "bytes_returned_ratio": round(min(returned["by_st_blocks"], returned["by_resident"]), 4),
-            "maps_per_s": round(statistics.median(m[0] for m in moves[1:]), 2),
-            "unmaps_per_s": round(statistics.median(m[1] for m in moves[1:]), 2),
+            "maps_per_s": round(statistics.median(e.maps / e.seconds for _, e in results), 2),
+            "unmaps_per_s": round(statistics.median(e.unmaps / e.seconds for _, e in results), 2),
         },
         {
-            "ratios": ratios,
-            "tokens_per_s_plain_elastic": rates,
-            "moves_per_s": moves,
+            "ratios": [round(ratio, 4) for ratio in ratios],
+            "plain": [asdict(p) for p, _ in results],
+            "elastic": [asdict(e) for _, e in results],
             "burst": returned,
             "preemptions": preemptions,
             "ceiling_over_rest": CEILING_BLOCKS / REST_BLOCKS,
@@ -218,11 +268,11 @@ async def measure(pairs: int, requests: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cost of elasticity without pressure; memory back after a burst.")
-    parser.add_argument("--pairs", type=int, default=7, help="alternating pairs of runs that count (default 7)")
-    parser.add_argument("--requests", type=int, default=48, help="requests a run (default 48)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default 7)")
+    parser.add_argument("--requests", type=int, default=32, help="requests to each engine in a round (default 32)")
     args = parser.parse_args()
     os.environ.update(engine_environment(spec(True), engines=2))
-    asyncio.run(measure(args.pairs, args.requests))
+    asyncio.run(measure(args.rounds, args.requests))
 
 
 if __name__ == "__main__":
