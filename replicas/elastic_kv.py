@@ -93,6 +93,8 @@ class ElasticKv:
         self._over_since: float | None = None
         self._map_retry_at = 0.0
         self._idle_since: float | None = clock()
+        self._trim_due = False
+        self._trim_now = False
         self._appear(handshakes, block_tokens)
 
     # -- a step -------------------------------------------------------------------------------------------------------
@@ -111,7 +113,8 @@ class ElasticKv:
         blocks = self.parking.used_blocks + 1 + demand.blocks_wanted
         self._wanted = -(-blocks // self._extents.blocks_per_extent)
         self._over_since = None if self._wanted <= self._limit else self._over_since or now
-        self._idle_since = None if demand.running or demand.waiting else self._idle_since or now
+        busy = bool(demand.running or demand.waiting)
+        self._idle_since = None if busy else self._idle_since or now
         self._shortage = False
         self._plan = plan_moves(
             KvState(
@@ -126,6 +129,9 @@ class ElasticKv:
             )
         )
         self._unmap_now = self.parking.begin_unmap(self._plan.shrink)
+        # The workers' heaps keep the activations of past steps until nothing runs and memory is to go back.
+        self._trim_now = self._trim_due and not busy and (self._plan.shrink > 0 or self._is_idle(now))
+        self._trim_due = busy or (self._trim_due and not self._trim_now)
         if self._plan.forced:
             self._preempt_until_it_fits(demand.blocks_returning, preempt)
         self._publish(demand, lease.revision)
@@ -134,9 +140,11 @@ class ElasticKv:
         """The moves to send with this step; they are in flight until every rank has answered."""
         grow = max(self._plan.grow, 1) if self._shortage else self._plan.grow
         moves = KvMoves(
-            unmap=self._unmap_now + self._aborted, map=self.parking.begin_map(min(grow, self._limit - self._committed))
+            unmap=self._unmap_now + self._aborted,
+            map=self.parking.begin_map(min(grow, self._limit - self._committed)),
+            trim=self._trim_now,
         )
-        self._plan, self._unmap_now, self._aborted = KvPlan(), [], []
+        self._plan, self._unmap_now, self._aborted, self._trim_now = KvPlan(), [], [], False
         if moves.unmap or moves.map:
             self._sequence += 1
             moves.sequence = self._sequence
@@ -173,7 +181,7 @@ class ElasticKv:
         """True while an engine without requests must step: a lease unread, moves in flight, idle memory."""
         if self._flights or self._aborted or self.row.lease.revision != self.row.get(EngineWord.APPLIED_REVISION):
             return True
-        return self._is_idle(self._clock()) and self.parking.has_free_extent_beyond(self._rest)
+        return self._is_idle(self._clock()) and (self._trim_due or self.parking.has_free_extent_beyond(self._rest))
 
     @property
     def usage(self) -> float:

@@ -17,11 +17,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 @dataclass
 class KvMoves(KVConnectorMetadata):
-    """Extents to unmap and then to map. ``sequence`` is 0 for a step that moves nothing."""
+    """Extents to unmap and then to map. ``sequence`` is 0 for a step that moves none; ``trim`` gives the memory of past
+    activations back as well."""
 
     sequence: int = 0
     unmap: list[int] = field(default_factory=list)
     map: list[int] = field(default_factory=list)
+    trim: bool = False
 
 
 @dataclass

@@ -157,6 +157,34 @@ def test_an_idle_engine_has_work_until_it_is_at_rest(world: World) -> None:
     assert not world.kv.has_work()
 
 
+def test_past_activations_go_back_once_the_engine_is_idle_or_shrinks(world: World) -> None:
+    """Never while requests run, and once for each time that some have run."""
+    world.set_limit_extents(12)
+    world.settle(wanted=10)
+    world.requests = [world.pool.get_new_blocks(3)]
+    assert not world.step().trim
+    world.set_limit_extents(6)
+    assert not world.step().trim  # a shrink under a running request
+    world.answer()
+    world.preempt()
+    assert not world.step().trim  # nothing to do, but not for long
+    world.set_limit_extents(3)
+    assert world.step().trim
+    world.answer()
+    world.now += 10.0
+    assert not world.step().trim
+    world.answer()
+
+    world.requests = [world.pool.get_new_blocks(1)]
+    world.step()
+    world.preempt()
+    world.step()
+    world.now += 10.0
+    assert world.kv.has_work()
+    assert world.step().trim
+    assert not world.kv.has_work()
+
+
 def test_waiting_helps_only_while_memory_is_on_its_way(world: World) -> None:
     """With room under the lease, or a lease that the agent is raising, a request waits; otherwise it preempts."""
     world.set_limit_extents(3)
