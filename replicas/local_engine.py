@@ -14,6 +14,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from memory_agent.agent import Registration
 from memory_agent.lease_board import LIMIT_UNIT_BYTES, AgentWord, EngineWord, Lease, LeaseBoard, Row, RowState
 from replicas.engine_config import build_vllm_config
+from replicas.environment import engine_environment, environment
 from replicas.spec import EngineSpec
 from replicas.vllm_plugin import own_engine_processes
 
@@ -65,11 +66,11 @@ class LocalEngine:
 
 
 @asynccontextmanager
-async def local_engine(spec: EngineSpec, board: Path | None) -> AsyncIterator[LocalEngine]:
-    """Start an engine; an elastic one if ``spec`` says so, on a new lease board at ``board`` that the caller writes in
-    the agent's place. The lease is the whole ceiling at first."""
+async def local_engine(spec: EngineSpec, board: Path | None, engines: int = 1) -> AsyncIterator[LocalEngine]:
+    """Start an engine, one of ``engines`` that share the cores; an elastic one if ``spec`` says so, on a new lease
+    board at ``board`` that the caller writes in the agent's place. The lease is the whole ceiling at first."""
     if board is None or not spec.elastic:
-        async with _running(spec, "", None) as engine:
+        async with _running(spec, "", None, engines) as engine:
             yield engine
         return
     row = LeaseBoard.create(board, spec.kv_ceiling_bytes).row(0)
@@ -77,26 +78,27 @@ async def local_engine(spec: EngineSpec, board: Path | None) -> AsyncIterator[Lo
     row.set(AgentWord.LEASE, Lease(spec.kv_ceiling_bytes, 1).pack())
     row.set(AgentWord.STATE, RowState.STARTING)
     try:
-        async with _running(spec, str(board), row) as engine:
+        async with _running(spec, str(board), row, engines) as engine:
             yield engine
     finally:
         os.unlink(board)
 
 
 @asynccontextmanager
-async def local_engine_at(spec: EngineSpec, place: Registration) -> AsyncIterator[LocalEngine]:
+async def local_engine_at(spec: EngineSpec, place: Registration, engines: int = 1) -> AsyncIterator[LocalEngine]:
     """Start an elastic engine at a row that a memory agent has given."""
     row = LeaseBoard.open(Path(place.board_path)).row(place.row)
-    async with _running(spec, place.board_path, row) as engine:
+    async with _running(spec, place.board_path, row, engines) as engine:
         yield engine
 
 
 @asynccontextmanager
-async def _running(spec: EngineSpec, board: str, row: Row | None) -> AsyncIterator[LocalEngine]:
+async def _running(spec: EngineSpec, board: str, row: Row | None, engines: int) -> AsyncIterator[LocalEngine]:
     own_engine_processes()
     config = build_vllm_config(spec, board, row.index if row else 0)
     before = {child.pid for child in psutil.Process().children()}
-    llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    with environment(engine_environment(spec, engines)):
+        llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     try:
         core = next(c for c in psutil.Process().children() if c.pid not in before and c.children())
         yield LocalEngine(llm, row, core.pid)

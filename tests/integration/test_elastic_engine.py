@@ -79,7 +79,7 @@ def reference() -> list[list[int]]:
     """The tokens of plain vLLM."""
 
     async def run() -> list[list[int]]:
-        async with local_engine(spec(elastic=False), None) as e:
+        async with local_engine(spec(elastic=False), None, engines=2) as e:
             return await e.generate_all(prompts(), TOKENS, "reference")
 
     return asyncio.run(run())
@@ -90,7 +90,7 @@ def test_tokens_and_bytes_of_an_elastic_engine(reference: list[list[int]], tmp_p
     numbers, also when the engine is idle, and an idle engine rests."""
 
     async def run() -> None:
-        async with local_engine(spec(elastic=True), tmp_path / "board") as e:
+        async with local_engine(spec(elastic=True), tmp_path / "board", engines=2) as e:
             assert e.held_bytes_os() == e.word(EngineWord.COMMITTED_BYTES) == REST_BLOCKS * BLOCK_BYTES
             assert e.word(EngineWord.BLOCKS_CEILING) >= 4 * REST_BLOCKS
 
@@ -152,7 +152,7 @@ def test_tokens_with_async_scheduling(reference: list[list[int]], tmp_path: Path
 
     async def run() -> None:
         forced = dataclasses.replace(spec(elastic=True), async_scheduling=True)
-        async with local_engine(forced, tmp_path / "board") as e, swinging_limit(e):
+        async with local_engine(forced, tmp_path / "board", engines=2) as e, swinging_limit(e):
             assert await e.generate_all(prompts(), TOKENS, "async") == reference
             assert e.word(EngineWord.PREEMPTIONS) > 0
 

@@ -107,7 +107,10 @@ def test_memory_goes_where_it_is_needed() -> None:
 async def two_engines(agent: Any) -> None:
     places = [await register(agent, engine_id) for engine_id in ("first", "second")]
     rows = [LeaseBoard.open(Path(place.board_path)).row(place.row) for place in places]
-    async with local_engine_at(spec(), places[0]) as first, local_engine_at(spec(), places[1]) as second:
+    async with (
+        local_engine_at(spec(), places[0], engines=2) as first,
+        local_engine_at(spec(), places[1], engines=2) as second,
+    ):
         watches = [
             asyncio.create_task(watch_lease(row, engine.wake, WakePolicy()))
             for row, engine in zip(rows, (first, second), strict=True)
