@@ -1,9 +1,11 @@
 """The contract of a Vmm backend, held by every backend alike."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+from fake_cuda_driver import FakeCudaDriver
 
+from memory_agent.cuda_vmm import CudaVmm
 from memory_agent.errors import OutOfDeviceMemory
 from memory_agent.fake_vmm import FakeVmm
 from memory_agent.host_vmm import HostVmm
@@ -12,9 +14,16 @@ from memory_agent.vmm import ContractViolation, Vmm
 PAGE = 4096
 
 
-@pytest.fixture(params=["fake", "host"])
+BACKENDS: dict[str, Callable[[], Vmm]] = {
+    "fake": lambda: FakeVmm(PAGE, 16 * PAGE),
+    "host": lambda: HostVmm("ellm-test", 16 * PAGE),
+    "cuda": lambda: CudaVmm(driver=FakeCudaDriver(PAGE, 16 * PAGE)),
+}
+
+
+@pytest.fixture(params=BACKENDS)
 def vmm(request: pytest.FixtureRequest) -> Iterator[Vmm]:
-    backend: Vmm = FakeVmm(PAGE, 16 * PAGE) if request.param == "fake" else HostVmm("ellm-test", 16 * PAGE)
+    backend = BACKENDS[request.param]()
     yield backend
     backend.close()
 
