@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from cluster.bench.command import bench
 from cluster.config import ClusterConfig, ModelConfig
 from cluster.config_file import ConfigError, example_config, load_config, validated
 from cluster.default_model import DefaultModelError, get_default_model
@@ -32,6 +33,7 @@ config_app = typer.Typer(help="Write and check configuration files.", no_args_is
 app.add_typer(config_app, name="config")
 model_app = typer.Typer(help="The default model.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+app.command()(bench)
 
 _WATCH_S = 1.0
 
