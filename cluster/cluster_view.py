@@ -170,6 +170,7 @@ class ClusterView:
         report = received.report
         used = sum(engine.used_bytes for engine in report.engines)
         held = report.held_bytes_os
+        activations = sum(engine.activation_held_bytes for engine in report.engines)
         replicas: list[dict[str, Any]] = list(report.to_json()["engines"])
         for replica in replicas:
             replica["target"] = _target_json(self._targets.get(replica["engine_id"]))
@@ -184,7 +185,8 @@ class ClusterView:
                 "weights_bytes": sum(engine.weights_bytes for engine in report.engines),
                 "kv_used_bytes": used,
                 "kv_cached_bytes": max(0, held - used),
-                "kv_free_bytes": max(0, report.budget_bytes - max(held, used)),
+                "activation_bytes": activations,
+                "free_bytes": max(0, report.budget_bytes - max(held, used) - activations),
                 "host_buffer_bytes": 0,
             },
             "running": sum(engine.running for engine in report.engines),

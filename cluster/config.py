@@ -134,8 +134,8 @@ class MemoryConfig(_Section):
     """The KV memory of one device (of this host, without a GPU)."""
 
     budget: Size = None
-    """KV bytes that all engines of the device share. auto: twice what one longest request of each needs, at least 1GiB,
-    if free."""
+    """Bytes of KV memory and activations that all engines of the device share. auto: twice what one longest request of
+    each needs, at least 1GiB, if free."""
     rest: Size = None
     """KV bytes that an idle engine shrinks to. auto: a 64th of its ceiling, at least two KV blocks."""
 

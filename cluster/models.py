@@ -19,6 +19,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FLOAT_TENSORS = {"F64", "F32", "BF16", "F16"}
 _MAX_HEADER_BYTES = 100_000_000
 _DEFAULT_MAX_MODEL_LEN = 8192
+_LARGE_HIDDEN, _LARGE_VOCABULARY = 8192, 262_144  # where a config.json does not tell
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
 
 
@@ -36,6 +37,8 @@ class ModelFacts:
         max_model_len: tokens of one longest request, resolved and inside the model's own limit.
         weights_bytes: bytes of the weights when loaded as ``dtype``.
         kv_token_bytes: KV bytes of one token over all layers.
+        activation_token_bytes: upper estimate of the activations of one token in a step.
+        logits_row_bytes: likewise, of the logits of one request that samples.
     """
 
     path: Path
@@ -43,6 +46,8 @@ class ModelFacts:
     max_model_len: int
     weights_bytes: int
     kv_token_bytes: int
+    activation_token_bytes: int
+    logits_row_bytes: int
 
 
 def resolve_source(source: str, progress: Progress) -> Path:
@@ -76,6 +81,9 @@ def read_facts(folder: Path, model: ModelConfig) -> ModelFacts:
         max_model_len=_max_model_len(model, text),
         weights_bytes=_weights_bytes(folder, DTYPE_BYTES[dtype]),
         kv_token_bytes=_kv_values_per_token(text, folder) * kv_dtype_bytes,
+        activation_token_bytes=_activation_token_bytes(text, DTYPE_BYTES[dtype]),
+        # In the model's type, as float32, and a float32 copy that is sorted, masked or normalised.
+        logits_row_bytes=int(text.get("vocab_size") or _LARGE_VOCABULARY) * (DTYPE_BYTES[dtype] + 8),
     )
 
 
@@ -169,6 +177,16 @@ def _kv_values_per_token(text: Mapping[str, Any], folder: Path) -> int:
             "attention work"
         ) from error
     return layers * 2 * kv_heads * head_dim
+
+
+def _activation_token_bytes(text: Mapping[str, Any], float_bytes: int) -> int:
+    """What is alive of one token at the widest place of a layer: gate, up and their product, queries, keys and values,
+    the residual stream and its copies, two of them as float32 for the norm."""
+    hidden = int(text.get("hidden_size") or text.get("n_embd") or _LARGE_HIDDEN)
+    inner = int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden)
+    if experts := int(text.get("num_experts_per_tok") or 0):
+        inner = max(inner, experts * int(text.get("moe_intermediate_size") or inner))
+    return (3 * inner + 8 * hidden) * float_bytes + 2 * hidden * 4
 
 
 def _weights_bytes(folder: Path, float_bytes: int) -> int:

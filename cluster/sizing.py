@@ -7,7 +7,8 @@
     one engine's KV:  rest <= guarantee <= ceiling <= budget
 
 ``guarantee`` is one longest request: ``max_model_len`` in whole KV blocks, one block more because a request's last
-block is prepared ahead, and vLLM's null block. What is above the guarantees goes to whoever needs it.
+block is prepared ahead, and vLLM's null block; and the activations of the smallest step. What is above the guarantees
+goes to whoever needs it, as KV memory or as activations.
 """
 
 import math
@@ -39,7 +40,7 @@ class Sizing:
 
     Attributes:
         specs: engine settings, one a model, in the order of the configuration.
-        budget_bytes: KV bytes that all elastic engines of the device share.
+        budget_bytes: bytes of KV memory and activations that all elastic engines of the device share.
         needed_bytes: memory the whole cluster can come to hold; at most the free memory it was computed from.
     """
 
@@ -68,8 +69,13 @@ class _Engine:
         return (math.ceil(self.facts.max_model_len / self.block_tokens) + _SPARE_BLOCKS) * self.block_bytes
 
     @property
+    def step_bytes(self) -> int:
+        """Activations of the smallest step: a token of each running request, and their logits."""
+        return self.model.max_num_seqs * max(self.facts.activation_token_bytes, self.facts.logits_row_bytes)
+
+    @property
     def guarantee_bytes(self) -> int:
-        return -_down(-self.longest_bytes, LIMIT_UNIT_BYTES)
+        return -_down(-(self.longest_bytes + self.step_bytes), LIMIT_UNIT_BYTES)
 
     @property
     def static_bytes(self) -> int:
@@ -111,7 +117,8 @@ def _budget(config: ClusterConfig, elastic: Sequence[_Engine], guarantees: int, 
         tokens = _longest_request(elastic, wanted)
         remedy = f"max_model_len of {tokens} fits" if tokens > 0 else "fewer replicas are needed"
         raise SettingsError(
-            f"memory.budget is {_mib(wanted)}, but one longest request of every replica needs {_mib(guarantees)}: "
+            f"memory.budget is {_mib(wanted)}, but one longest request of every replica and its step need "
+            f"{_mib(guarantees)}: "
             f"raise it to {_mib(guarantees)}; or with this budget, {remedy}"
         )
     if wanted > room:
@@ -131,8 +138,10 @@ def _spec(engine: _Engine, budget: int, wanted_rest: int | None) -> EngineSpec:
         max_model_len=facts.max_model_len,
         kv_ceiling_bytes=ceiling,
         kv_rest_bytes=rest,
-        kv_guarantee_bytes=engine.guarantee_bytes,
+        kv_guarantee_bytes=engine.longest_bytes,
         weights_bytes=facts.weights_bytes,
+        token_bytes=facts.activation_token_bytes,
+        row_bytes=facts.logits_row_bytes,
         dtype=facts.dtype,
         max_num_seqs=model.max_num_seqs,
         max_num_batched_tokens=model.max_num_batched_tokens,
@@ -209,7 +218,7 @@ def _longest_request(elastic: Sequence[_Engine], kv_bytes: int) -> int:
         return 0
     step = math.lcm(*(e.block_tokens for e in elastic))
     per_token = sum(e.model.replicas * e.facts.kv_token_bytes for e in elastic)
-    spare = sum(e.model.replicas * (_SPARE_BLOCKS * e.block_bytes + LIMIT_UNIT_BYTES) for e in elastic)
+    spare = sum(e.model.replicas * (_SPARE_BLOCKS * e.block_bytes + e.step_bytes + LIMIT_UNIT_BYTES) for e in elastic)
     return _down(max(0, kv_bytes - spare) // per_token, step)
 
 

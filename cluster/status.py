@@ -51,16 +51,20 @@ def _headline(snapshot: dict[str, Any], devices: list[dict[str, Any]]) -> Text:
 
 
 def _device_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
-    owners = ("used", "cached", "free", "budget", "weight", "buffer")
-    table = _table("\nDevices: KV memory by owner, weights, host buffer", ("node", "device", "pressure"))
-    for column in (*owners, "run", "wait", "age"):
+    owners = ("used", "cached", "act", "free", "budget", "weight", "buffer")
+    table = _table(
+        "\nDevices: KV memory used and cached, activations, free of the budget; weights, host buffer",
+        ("node", "device", "pressure"),
+    )
+    for column in (*owners, "age"):
         table.add_column(column, justify="right", no_wrap=True)
     for node, device in devices:
         memory = device["memory"]
         sizes = (
             memory["kv_used_bytes"],
             memory["kv_cached_bytes"],
-            memory["kv_free_bytes"],
+            memory["activation_bytes"],
+            memory["free_bytes"],
             device["budget_bytes"],
             memory["weights_bytes"],
             memory["host_buffer_bytes"],
@@ -70,7 +74,6 @@ def _device_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
             device["device"],
             _level(device["pressure"]),
             *map(format_bytes, sizes),
-            *(str(device[count]) for count in ("running", "waiting")),
             f"{device['report_age_s']:.1f}s",
         )
     return table

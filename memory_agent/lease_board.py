@@ -25,7 +25,7 @@ from pathlib import Path
 from memory_agent.errors import BoardError
 
 MAGIC = 0x454C4C4D_424F4152  # "ELLMBOAR"
-VERSION = 1
+VERSION = 2
 LIMIT_UNIT_BYTES = 64 * 1024
 MAX_ROWS = 32
 MAX_WORKERS = 8
@@ -92,7 +92,8 @@ class EngineWord(IntEnum):
     """Revision of the lease the engine follows now. Stored after COMMITTED_BYTES: whoever reads this word first and
     COMMITTED_BYTES second sees a count that is at least as new as the acknowledgement."""
     COMMITTED_BYTES = 34
-    """Mapped, being mapped and not yet unmapped: what the engine may hold at this moment."""
+    """What the engine may hold at this moment: KV memory that is mapped, being mapped and not yet unmapped, and
+    ACTIVATION_BYTES."""
     USED_BYTES = 35
     """Bytes of KV blocks that requests reference now; the rest of COMMITTED is free or prefix cache."""
     DEMAND_BYTES = 36
@@ -119,6 +120,14 @@ class EngineWord(IntEnum):
     TARGET_REVISION_APPLIED = 53
     MOVE_NS = 54
     """Time that workers spent mapping and unmapping, summed over moves (slowest rank)."""
+    ACTIVATION_BYTES = 55
+    """The activations' part of COMMITTED_BYTES: the most that steps since the last trim can have taken."""
+    ACTIVATION_HELD_BYTES = 56
+    """Measured in the workers after the last step that was reported: what a trim would give back."""
+    TOKEN_BUDGET = 57
+    """Most tokens of a step that the lease allowed last."""
+    TRIMS = 58
+    """Times that the workers were told to give past activations back."""
     WORKER_COUNT = 60
     WORKER_PID_0 = 61
     """WORKER_PID_0 + i: process id of worker i, up to MAX_WORKERS."""
@@ -131,7 +140,7 @@ class Lease:
     """What one engine may hold now.
 
     Attributes:
-        limit_bytes: upper bound on the engine's committed KV bytes; a multiple of LIMIT_UNIT_BYTES.
+        limit_bytes: upper bound on the engine's committed bytes, KV and activations; a multiple of LIMIT_UNIT_BYTES.
         revision: grows by one with every change; wraps at 2**32.
     """
 

@@ -20,7 +20,10 @@ class EngineReport:
     Attributes:
         engine_id: the Serve replica's unique id.
         held_bytes_os: KV bytes held, from the operating system (st_blocks of each worker's memory file).
-        committed_bytes: the engine's own count; differs from held_bytes_os only while a move is under way.
+        committed_bytes: the engine's own count of KV bytes; differs from held_bytes_os only while a move is under way.
+        activation_bytes: charged to the lease for the engine's steps; activation_held_bytes: measured after the last
+            one that was reported.
+        token_budget: most tokens of a step that the lease allowed last.
         used_bytes: KV bytes that requests reference now.
         rss_bytes: resident bytes of the engine's processes.
         pressure: of this engine: its used and demanded bytes against what it can reach.
@@ -40,6 +43,9 @@ class EngineReport:
     weights_bytes: int
     held_bytes_os: int
     committed_bytes: int
+    activation_bytes: int
+    activation_held_bytes: int
+    token_budget: int
     used_bytes: int
     demand_bytes: int
     rss_bytes: int

@@ -40,8 +40,8 @@ class BoardLink:
             self._agent.register.remote(
                 engine_id=engine_id,
                 model=spec.model_name,
-                guarantee_bytes=spec.kv_guarantee_bytes,
-                ceiling_bytes=spec.kv_ceiling_bytes,
+                guarantee_bytes=spec.guarantee_bytes,
+                ceiling_bytes=spec.ceiling_bytes,
                 weights_bytes=spec.weights_bytes,
                 registrar_pid=os.getpid(),
             )

@@ -6,6 +6,7 @@ the blocks that have no memory (scheduler, after the handshake), and carries mov
 
 import os
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -18,12 +19,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
-from memory_agent.heap import trim_heap
+from replicas.activation_meter import ActivationMeter
 from replicas.elastic_kv import ElasticKv
 from replicas.elastic_settings import ElasticSettings
 from replicas.kv_geometry import kv_geometry
 from replicas.kv_memory import KvMemory
-from replicas.kv_moves import KvAck, KvAcks, KvHandshake, KvMoves
+from replicas.kv_moves import KvAcks, KvHandshake, KvMoves
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -44,7 +45,7 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._geometry = kv_geometry(kv_cache_config)
         self._memory: KvMemory | None = None
         self._kv: ElasticKv | None = None
-        self._ack: KvAck | None = None
+        self._answer: KvAcks | None = None
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -68,13 +69,17 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         """Runs in every step before the forward: the blocks to unmap are out of use since this step was scheduled, and
         earlier steps have finished, because a worker runs its steps in order."""
         assert isinstance(kv_connector_metadata, KvMoves)
-        if kv_connector_metadata.trim:
-            trim_heap()
-        self._ack = self._worker_memory.apply(kv_connector_metadata) if kv_connector_metadata.sequence else None
+        moves = kv_connector_metadata
+        samples = self._activations.finish_step()
+        if moves.trim:
+            self._activations.trim()
+        acks = [self._worker_memory.apply(moves)] if moves.sequence else []
+        self._activations.start_step(moves.tokens, moves.rows, moves.keep)
+        self._answer = KvAcks(acks, samples) if acks or samples else None
 
     def build_connector_worker_meta(self) -> KvAcks | None:
-        ack, self._ack = self._ack, None
-        return KvAcks([ack]) if ack else None
+        answer, self._answer = self._answer, None
+        return answer
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
         """Nothing to load."""
@@ -107,12 +112,15 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         )
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        return self.kv.take_moves()
+        return self.kv.take_moves(
+            scheduler_output.total_num_scheduled_tokens, len(scheduler_output.num_scheduled_tokens)
+        )
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         acks = connector_output.kv_connector_worker_meta
         if isinstance(acks, KvAcks):
             self.kv.on_acks(acks.acks)
+            self.kv.on_activations(acks.activations)
 
     def has_pending_block_frees(self) -> bool:
         return self.kv.waiting_helps()
@@ -130,6 +138,10 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         return False, None
+
+    @cached_property
+    def _activations(self) -> ActivationMeter:
+        return ActivationMeter()
 
     @property
     def _worker_memory(self) -> KvMemory:

@@ -16,6 +16,7 @@ from vllm.v1.core.block_pool import BlockPool
 
 from memory_agent.extents import ExtentMap, KvGeometry
 from memory_agent.lease_board import MAX_WORKERS, AgentWord, EngineWord, LeaseBoard
+from replicas.activation_ledger import ActivationLedger, ActivationSample, StepAllowance
 from replicas.elastic_settings import ElasticSettings
 from replicas.kv_moves import KvAck, KvHandshake, KvMoves
 from replicas.kv_parking import ExtentState, KvParking
@@ -33,6 +34,9 @@ class StepDemand:
 
     Attributes:
         running, waiting: requests; blocks_wanted: KV blocks beyond those referenced now that they could use.
+        tokens_wanted, tokens_least: tokens that the step could compute, and those it must be able to: a decode of
+            each of the most requests that can run.
+        rows: most requests that the step can sample for.
         blocks_returning: referenced blocks that become free when steps in flight have finished.
         preemptions: since start.
     """
@@ -40,8 +44,16 @@ class StepDemand:
     running: int
     waiting: int
     blocks_wanted: int
+    tokens_wanted: int
+    tokens_least: int
+    rows: int
     blocks_returning: int
     preemptions: int
+
+
+_NOTHING = StepDemand(
+    running=0, waiting=0, blocks_wanted=0, tokens_wanted=0, tokens_least=0, rows=0, blocks_returning=0, preemptions=0
+)
 
 
 @dataclass
@@ -93,8 +105,8 @@ class ElasticKv:
         self._over_since: float | None = None
         self._map_retry_at = 0.0
         self._idle_since: float | None = clock()
-        self._trim_due = False
-        self._trim_now = False
+        self.activations = ActivationLedger(settings.token_bytes, settings.row_bytes, self._ranks)
+        self._allowance = StepAllowance(0, trim=False, keep=False)
         self._appear(handshakes, block_tokens)
 
     # -- a step -------------------------------------------------------------------------------------------------------
@@ -109,7 +121,7 @@ class ElasticKv:
         """
         now = self._clock()
         lease = self.row.lease
-        self._limit = lease.limit_bytes // self._extent_bytes
+        self._limit = self._kv_limit(lease.limit_bytes, demand)
         blocks = self.parking.used_blocks + 1 + demand.blocks_wanted
         self._wanted = -(-blocks // self._extents.blocks_per_extent)
         self._over_since = None if self._wanted <= self._limit else self._over_since or now
@@ -129,27 +141,30 @@ class ElasticKv:
             )
         )
         self._unmap_now = self.parking.begin_unmap(self._plan.shrink)
-        # The workers' heaps keep the activations of past steps until nothing runs and memory is to go back.
-        self._trim_now = self._trim_due and not busy and (self._plan.shrink > 0 or self._is_idle(now))
-        self._trim_due = busy or (self._trim_due and not self._trim_now)
+        self._plan_activations(lease.limit_bytes, demand, idle=not busy and self._is_idle(now))
         if self._plan.forced:
             self._preempt_until_it_fits(demand.blocks_returning, preempt)
         self._publish(demand, lease.revision)
 
-    def take_moves(self) -> KvMoves:
-        """The moves to send with this step; they are in flight until every rank has answered."""
+    def take_moves(self, tokens: int, rows: int) -> KvMoves:
+        """The moves to send with this step, of ``tokens`` of ``rows`` requests; they are in flight until every rank has
+        answered."""
         grow = max(self._plan.grow, 1) if self._shortage else self._plan.grow
         moves = KvMoves(
             unmap=self._unmap_now + self._aborted,
             map=self.parking.begin_map(min(grow, self._limit - self._committed)),
-            trim=self._trim_now,
+            trim=self._allowance.trim,
+            keep=self._allowance.keep,
+            tokens=tokens,
+            rows=rows,
         )
-        self._plan, self._unmap_now, self._aborted, self._trim_now = KvPlan(), [], [], False
+        self.activations.on_step(tokens, rows)
+        self._plan, self._unmap_now, self._aborted = KvPlan(), [], []
         if moves.unmap or moves.map:
             self._sequence += 1
             moves.sequence = self._sequence
             self._flights[moves.sequence] = _Flight(moves, [])
-            self.row.set(EngineWord.COMMITTED_BYTES, self._committed * self._extent_bytes)
+        self._publish_committed()
         return moves
 
     def on_acks(self, acks: Iterable[KvAck]) -> None:
@@ -163,6 +178,17 @@ class ElasticKv:
                 del self._flights[ack.sequence]
                 self._finish(flight)
 
+    def on_activations(self, samples: Iterable[ActivationSample]) -> None:
+        """What workers measured of the step before the one that they answer."""
+        for sample in samples:
+            self.activations.observe(sample)
+            self.row.set(EngineWord.ACTIVATION_HELD_BYTES, self.activations.held_bytes)
+
+    @property
+    def token_budget(self) -> int:
+        """Most tokens of the step that is being scheduled."""
+        return self._allowance.tokens
+
     def waiting_helps(self) -> bool:
         """A running request found no free block: is memory on its way, so that it should wait instead of preempting?"""
         if self._n(ExtentState.MAPPING):
@@ -174,14 +200,16 @@ class ElasticKv:
             self._shortage = True
             return True
         self._over_since = self._over_since or now
-        raising = self.row.get(AgentWord.TARGET_BYTES) // self._extent_bytes > self._limit
+        raising = self.row.get(AgentWord.TARGET_BYTES) > self.row.lease.limit_bytes
         return now - self._over_since < (self._settings.patience_s if raising else self._settings.notice_s)
 
     def has_work(self) -> bool:
         """True while an engine without requests must step: a lease unread, moves in flight, idle memory."""
         if self._flights or self._aborted or self.row.lease.revision != self.row.get(EngineWord.APPLIED_REVISION):
             return True
-        return self._is_idle(self._clock()) and (self._trim_due or self.parking.has_free_extent_beyond(self._rest))
+        return self._is_idle(self._clock()) and (
+            self.activations.charged_bytes > 0 or self.parking.has_free_extent_beyond(self._rest)
+        )
 
     @property
     def usage(self) -> float:
@@ -201,6 +229,26 @@ class ElasticKv:
 
     def _is_idle(self, now: float) -> bool:
         return self._idle_since is not None and now - self._idle_since >= self._settings.idle_release_s
+
+    def _kv_limit(self, limit_bytes: int, demand: StepDemand) -> int:
+        """Extents that the lease leaves to the KV cache beside the smallest step, which must always be possible: the
+        same at any load, so that a request that starts never takes the memory of one that runs."""
+        least = self.activations.bytes_for(demand.tokens_least, demand.tokens_least)
+        left = max(limit_bytes - least, min(limit_bytes, self._settings.kv_guarantee_bytes))
+        return left // self._extent_bytes
+
+    def _plan_activations(self, limit_bytes: int, demand: StepDemand, idle: bool) -> None:
+        """KV memory goes first; the step's tokens get what is left, and an engine with nothing to do keeps nothing."""
+        spare = 1 if self._committed + self._plan.grow < self._limit else 0  # a shortage may map one extent more
+        room = limit_bytes - (self._committed + self._plan.grow + spare) * self._extent_bytes
+        if idle:
+            self._allowance = StepAllowance(0, trim=self.activations.charged_bytes > 0, keep=False)
+            self.activations.on_trim()
+        else:
+            self._allowance = self.activations.allow(
+                room, demand.tokens_wanted, demand.tokens_least, demand.rows, self._clock()
+            )
+        self._add(EngineWord.TRIMS, int(self._allowance.trim))
 
     def _preempt_until_it_fits(self, blocks_returning: int, preempt: Callable[[], int]) -> None:
         """The lease is below what requests use: preempt until enough extents are, or are about to be, free."""
@@ -231,11 +279,16 @@ class ElasticKv:
             self.parking.finish_map(moves.map)
             self._count_move(EngineWord.INFLATE_COUNT, EngineWord.INFLATE_BYTES, len(moves.map))
         self._add(EngineWord.MOVE_NS, nanoseconds)
-        self.row.set(EngineWord.COMMITTED_BYTES, self._committed * self._extent_bytes)
+        self._publish_committed()
 
     def _count_move(self, count: EngineWord, moved_bytes: EngineWord, extents: int) -> None:
         self._add(count, 1)
         self._add(moved_bytes, extents * self._extent_bytes)
+
+    def _publish_committed(self, growing: int = 0) -> None:
+        activations = self.activations.charged_bytes
+        self.row.set(EngineWord.ACTIVATION_BYTES, activations)
+        self.row.set(EngineWord.COMMITTED_BYTES, (self._committed + growing) * self._extent_bytes + activations)
 
     def _add(self, word: EngineWord, value: int) -> None:
         self.row.set(word, self.row.get(word) + value)
@@ -251,7 +304,7 @@ class ElasticKv:
         row.set(EngineWord.BLOCK_TOKENS, block_tokens)
         row.set(EngineWord.BLOCKS_CEILING, self._blocks_ceiling)
         row.set(EngineWord.REST_BYTES, self._rest * self._extent_bytes)
-        self._publish(StepDemand(0, 0, 0, 0, 0), row.lease.revision)
+        self._publish(_NOTHING, row.lease.revision)
         row.set(EngineWord.PID, os.getpid())
         logger.info(
             "KV memory: %d blocks at the ceiling, %d mapped, extents of %d blocks and %d bytes",
@@ -265,9 +318,11 @@ class ElasticKv:
         """This step's numbers. COMMITTED_BYTES goes before APPLIED_REVISION: whoever sees the revision acknowledged
         sees a commitment that obeys it or is shrinking to it."""
         row, block_bytes = self.row, self._extent_bytes // self._extents.blocks_per_extent
-        row.set(EngineWord.COMMITTED_BYTES, (self._committed + self._plan.grow) * self._extent_bytes)
+        self._publish_committed(self._plan.grow)
         row.set(EngineWord.USED_BYTES, self.parking.used_blocks * block_bytes)
-        row.set(EngineWord.DEMAND_BYTES, max(self._wanted, self._rest) * self._extent_bytes)
+        step_bytes = self.activations.bytes_for(demand.tokens_wanted, demand.rows)
+        row.set(EngineWord.DEMAND_BYTES, max(self._wanted, self._rest) * self._extent_bytes + step_bytes)
+        row.set(EngineWord.TOKEN_BUDGET, self._allowance.tokens)
         row.set(EngineWord.RUNNING, demand.running)
         row.set(EngineWord.WAITING, demand.waiting)
         row.set(EngineWord.BUSY, int(bool(demand.running or demand.waiting)))

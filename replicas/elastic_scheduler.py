@@ -27,7 +27,7 @@ class _Elastic(Scheduler):
         if not isinstance(self.connector, ElasticKVConnector):
             raise TypeError(f"{type(self).__name__} needs ElasticKVConnector, found {type(self.connector).__name__}")
         self._elastic_connector = self.connector
-        self._own_token_budget = self.max_num_scheduled_tokens
+        self._own_token_budget = self._token_bound = self.max_num_scheduled_tokens
         self._own_active = self.max_num_active_reqs
         self._preemptions = 0
         self._target_revision = 0
@@ -37,6 +37,7 @@ class _Elastic(Scheduler):
         self._apply_target(kv)
         ahead = self._running_blocks_ahead()
         kv.begin_step(self._demand(ahead), self._preempt)
+        self.max_num_scheduled_tokens = kv.token_budget
         # A request that is admitted now must not take the blocks that running ones need in the next steps: one that
         # finds none holds up all that are scheduled after it.
         self.kv_cache_manager.watermark_blocks = ahead
@@ -62,6 +63,11 @@ class _Elastic(Scheduler):
     def _kv(self) -> ElasticKv:
         return self._elastic_connector.kv
 
+    @property
+    def _least_tokens(self) -> int:
+        """A budget below the running decodes would starve the same requests for ever."""
+        return min(self.max_num_running_reqs, self._own_token_budget)
+
     def _running_blocks_ahead(self) -> int:
         """Blocks that the running requests need to finish their prefill, or soon for their next tokens."""
         lookahead = self._elastic_connector.settings.lookahead_tokens
@@ -76,11 +82,23 @@ class _Elastic(Scheduler):
         # One more request like the largest running one can start without waiting a step for its memory.
         prompts = [blocks_ahead(request.num_prompt_tokens, 0, self.block_size, lookahead) for request in self.running]
         wanted = running_ahead + min(max(prompts, default=1), _MOST_RESERVE_BLOCKS)
-        slots = max(0, self.max_num_active_reqs - len(self.running))
-        for request in islice(self.waiting, slots):
+        tokens = sum(max(1, request.num_tokens - request.num_computed_tokens) for request in self.running)
+        rows = len(self.running)
+        for request in islice(self.waiting, max(0, self.max_num_active_reqs - rows)):
             wanted += blocks_ahead(request.num_tokens, 0, self.block_size, lookahead)
+            tokens += request.num_tokens
+            rows += 1
         running, waiting = self.get_request_counts()
-        return StepDemand(running, waiting, wanted, returning_blocks(self), self._preemptions)
+        return StepDemand(
+            running=running,
+            waiting=waiting,
+            blocks_wanted=wanted,
+            tokens_wanted=min(tokens, self._token_bound),
+            tokens_least=self._least_tokens,
+            rows=rows,
+            blocks_returning=returning_blocks(self),
+            preemptions=self._preemptions,
+        )
 
     def _preempt(self) -> int:
         return preempt_last(self)
@@ -91,10 +109,8 @@ class _Elastic(Scheduler):
         if revision == self._target_revision:
             return
         tokens, active = kv.row.get(ReplicaWord.TOKEN_BUDGET_MAX), kv.row.get(ReplicaWord.ACTIVE_MAX)
-        # A budget below the running decodes would starve the same requests for ever.
-        floor = self.max_num_running_reqs
-        self.max_num_scheduled_tokens = (
-            min(max(tokens, floor), self._own_token_budget) if tokens else (self._own_token_budget)
+        self._token_bound = (
+            min(max(tokens, self._least_tokens), self._own_token_budget) if tokens else (self._own_token_budget)
         )
         self.max_num_active_reqs = min(active, self._own_active) if active else self._own_active
         self._target_revision = revision

@@ -11,6 +11,8 @@ class ElasticSettings:
     Attributes:
         board_path, row: where the engine reads its lease and writes its numbers.
         rest_bytes: KV bytes, per worker, mapped at start and kept by an idle engine.
+        kv_guarantee_bytes: KV bytes, over all workers, of one longest request: activations never take these.
+        token_bytes, row_bytes: activation bytes of a token and of a request's logits, per worker, until measured.
         idle_release_s: idleness after which the engine shrinks to ``rest_bytes``.
         patience_s: longest wait for a lease that the agent is about to raise, before a request is preempted instead.
         notice_s: time the agent gets to notice a new demand.
@@ -21,6 +23,9 @@ class ElasticSettings:
     board_path: str
     row: int
     rest_bytes: int
+    kv_guarantee_bytes: int
+    token_bytes: int
+    row_bytes: int
     idle_release_s: float = 3.0
     patience_s: float = 1.0
     notice_s: float = 0.15

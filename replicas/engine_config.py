@@ -32,7 +32,14 @@ def build_vllm_config(spec: EngineSpec, board_path: str = "", row: int = 0) -> V
     """
     if not (spec.elastic and board_path):
         return _resolve(build_engine_args(spec), spec)
-    settings = ElasticSettings(board_path=board_path, row=row, rest_bytes=spec.kv_rest_bytes)
+    settings = ElasticSettings(
+        board_path=board_path,
+        row=row,
+        rest_bytes=spec.kv_rest_bytes,
+        kv_guarantee_bytes=spec.kv_guarantee_bytes,
+        token_bytes=spec.token_bytes,
+        row_bytes=spec.row_bytes,
+    )
     transfer = KVTransferConfig(
         kv_connector="ElasticKVConnector",
         kv_connector_module_path="replicas.elastic_connector",

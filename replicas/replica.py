@@ -65,7 +65,9 @@ class ReplicaStats:
 class EngineReplica:
     """The engine of one Serve replica. Construction loads the model and returns when the engine can run requests."""
 
-    def __init__(self, spec: EngineSpec, agent_spec: "AgentSpec | None" = None) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, spec: EngineSpec, agent_spec: "AgentSpec | None" = None
+    ) -> None:
         """Must run on the event loop that will serve requests, as Ray Serve does it.
 
         Args:
@@ -75,6 +77,7 @@ class EngineReplica:
         """
         from replicas.engine_config import build_vllm_config
         from replicas.engine_host import EngineHost
+        from replicas.warm_up import warm_up
 
         own_engine_processes()
         self.engine_id: str = serve.get_replica_context().replica_id.unique_id
@@ -87,6 +90,7 @@ class EngineReplica:
         if self._link is not None:
             self._start(self._link.follow_lease(self._engine.wake))
             self._start(self._link.follow_targets())
+        await warm_up(self._engine)
 
     async def generate(self, frames: "Frames") -> "AsyncGenerator[Frames, None]":
         """Run one encoded EngineCoreRequest and yield its encoded outputs. Leaving early aborts it in the engine."""

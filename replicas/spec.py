@@ -19,6 +19,8 @@ class EngineSpec:
         kv_rest_bytes: committed KV bytes the engine shrinks to when idle.
         kv_guarantee_bytes: KV bytes of one longest request; always obtainable.
         weights_bytes: bytes of the loaded weights.
+        token_bytes: upper estimate of a worker's activation bytes of one token in a step, used until it is measured.
+        row_bytes: likewise, of the logits of one request that samples.
         async_scheduling: None leaves it to vLLM's platform default; True forces it on.
         engine_args: further keyword arguments of vLLM's AsyncEngineArgs, passed as they are.
     """
@@ -30,9 +32,25 @@ class EngineSpec:
     kv_rest_bytes: int
     kv_guarantee_bytes: int
     weights_bytes: int
+    token_bytes: int = 64 << 10
+    row_bytes: int = 1 << 20
     dtype: str = "auto"
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     elastic: bool = True
     async_scheduling: bool | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def guarantee_bytes(self) -> int:
+        """What this engine must always be able to get: KV memory of one longest request, and the activations of the
+        smallest step that lets every running request go on, a token of each."""
+        return self.kv_guarantee_bytes + self._activation_bytes(self.max_num_seqs)
+
+    @property
+    def ceiling_bytes(self) -> int:
+        """The most that this engine can make use of."""
+        return self.kv_ceiling_bytes + self._activation_bytes(self.max_num_batched_tokens)
+
+    def _activation_bytes(self, tokens: int) -> int:
+        return max(tokens * self.token_bytes, self.max_num_seqs * self.row_bytes)

@@ -271,7 +271,7 @@ def test_reports_reach_the_controller(device: Device, controller: Any) -> None:
     device.demand("a", 300 * UNIT)
     eventually(lambda: [one["memory"]["kv_used_bytes"] for one in devices_of(controller, device)] == [300 * UNIT])
     (shown,) = devices_of(controller, device)
-    assert (shown["memory"]["kv_free_bytes"], shown["memory"]["weights_bytes"]) == (BUDGET - 300 * UNIT, 7)
+    assert (shown["memory"]["free_bytes"], shown["memory"]["weights_bytes"]) == (BUDGET - 300 * UNIT, 7)
     assert ray.get(controller.target_for.remote("a"), timeout=TIMEOUT_S).revision == 1
     assert ray.get(controller.target_for.remote("nobody"), timeout=TIMEOUT_S) is None
 

@@ -26,7 +26,9 @@ def engine(engine_id: str = "a", **values: Any) -> EngineReport:
     known: dict[str, Any] = {
         "model": "m", "pid": 1, "state": "LIVE", "limit_bytes": GIB, "lease_revision": 1, "applied_revision": 1,
         "guarantee_bytes": GIB // 4, "ceiling_bytes": 2 * GIB, "weights_bytes": 300, "held_bytes_os": 50,
-        "committed_bytes": 50, "used_bytes": 20, "demand_bytes": GIB // 2, "rss_bytes": 900, "running": 2, "waiting": 3,
+        "committed_bytes": 50,
+        "activation_bytes": 7, "activation_held_bytes": 5, "token_budget": 64, "used_bytes": 20,
+        "demand_bytes": GIB // 2, "rss_bytes": 900, "running": 2, "waiting": 3,
         "preemptions": 0, "inflate_count": 0, "inflate_bytes": 0, "deflate_count": 0, "deflate_bytes": 0,
         "map_failures": 0, "blocks_mapped": 1, "reachable_blocks": 9, "blocks_ceiling": 10, "block_tokens": 128,
         "kv_usage": 0.25, "target_revision": 0, "pressure": PressureLevel.NORMAL,
@@ -148,7 +150,7 @@ def test_target_revision_grows_across_restarts() -> None:
 
 
 def test_snapshot_accounts_for_every_byte_and_is_json(view: ClusterView) -> None:
-    """Per device the KV owners sum to the budget, weights stand beside them, and all of it survives JSON."""
+    """Per device the owners sum to the budget, weights stand beside them, and all of it survives JSON."""
     view.receive(report(1, engine(), engine("b", used_bytes=70, held_bytes_os=90)), 0.0)
     snapshot = view.snapshot(1.5)
     assert json.loads(json.dumps(snapshot, allow_nan=False)) == snapshot
@@ -158,10 +160,12 @@ def test_snapshot_accounts_for_every_byte_and_is_json(view: ClusterView) -> None
         "weights_bytes": 600,
         "kv_used_bytes": 90,
         "kv_cached_bytes": 50,
-        "kv_free_bytes": 2 * GIB - 140,
+        "activation_bytes": 10,
+        "free_bytes": 2 * GIB - 150,
         "host_buffer_bytes": 0,
     }
-    assert memory["kv_used_bytes"] + memory["kv_cached_bytes"] + memory["kv_free_bytes"] == device["budget_bytes"]
+    owners = ("kv_used_bytes", "kv_cached_bytes", "activation_bytes", "free_bytes")
+    assert sum(memory[owner] for owner in owners) == device["budget_bytes"]
     assert (device["running"], device["waiting"], device["report_age_s"]) == (4, 6, 1.5)
     assert (device["pressure"], device["replicas"][1]["engine_id"]) == ("NORMAL", "b")
     assert device["replicas"][0]["target"] == {"revision": 1, "token_budget_max": 512, "active_max": 16}
@@ -171,7 +175,7 @@ def test_snapshot_never_shows_negative_bytes(view: ClusterView) -> None:
     """Counters of different moments (used beyond held, held beyond a lowered budget) show as zero, not below."""
     view.receive(report(1, engine(used_bytes=100, held_bytes_os=60), budget_bytes=80), 0.0)
     memory = view.snapshot(0.0)["nodes"][0]["devices"][0]["memory"]
-    assert (memory["kv_cached_bytes"], memory["kv_free_bytes"]) == (0, 0)
+    assert (memory["kv_cached_bytes"], memory["free_bytes"]) == (0, 0)
 
 
 async def started() -> Controller:

@@ -21,7 +21,7 @@ SMOL_TOKEN_BYTES = 23040
 def facts(
     max_model_len: int = 8192, kv_token_bytes: int = SMOL_TOKEN_BYTES, weights_bytes: int = 269 * MIB
 ) -> ModelFacts:
-    return ModelFacts(Path("/m"), "bfloat16", max_model_len, weights_bytes, kv_token_bytes)
+    return ModelFacts(Path("/m"), "bfloat16", max_model_len, weights_bytes, kv_token_bytes, 24_000, 480_000)
 
 
 def config(**tree: object) -> ClusterConfig:
@@ -68,7 +68,7 @@ def test_sizes_that_are_given_out_hold(
         return
     (spec,) = sizing.specs
     block_bytes = BLOCK * kv_token_bytes
-    assert replicas * spec.kv_guarantee_bytes <= sizing.budget_bytes
+    assert replicas * spec.guarantee_bytes <= sizing.budget_bytes
     assert sizing.needed_bytes <= free_bytes
     assert max_model_len * kv_token_bytes + 2 * block_bytes <= spec.kv_ceiling_bytes <= sizing.budget_bytes
     assert 2 * block_bytes <= spec.kv_rest_bytes <= spec.kv_ceiling_bytes // 4

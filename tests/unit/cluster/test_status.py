@@ -26,7 +26,7 @@ def snapshot(*replicas: dict[str, Any]) -> dict[str, Any]:
         "dead_engines": 6, "running": 2, "waiting": 3, "replicas": list(replicas),
         "memory": {
             "weights_bytes": 538 << 20, "kv_used_bytes": 20 << 20, "kv_cached_bytes": 30 << 20,
-            "kv_free_bytes": 974 << 20, "host_buffer_bytes": 0,
+            "activation_bytes": 0, "free_bytes": 974 << 20, "host_buffer_bytes": 0,
         },
     }  # fmt: skip
     return {
@@ -48,8 +48,8 @@ def row_of(text: str, start: str) -> list[str]:
 
 
 def test_device_row_shows_memory_by_owner() -> None:
-    """Each owner's bytes, the requests, the pressure and the report's age stand in the device's row."""
-    expected = f"{NODE[:8]} cpu ELEVATED 20.0Mi 30.0Mi 974Mi 1.00Gi 538Mi 0B 2 3 0.1s"
+    """Each owner's bytes, the pressure and the report's age stand in the device's row."""
+    expected = f"{NODE[:8]} cpu ELEVATED 20.0Mi 30.0Mi 0B 974Mi 1.00Gi 538Mi 0B 0.1s"
     assert row_of(shown(snapshot(replica("app#model#abc12345"))), NODE[:8]) == expected.split()
 
 

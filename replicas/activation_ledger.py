@@ -1,0 +1,113 @@
+"""What the activations of an engine's steps cost its lease, and how many tokens of a step the lease allows.
+
+A step has two peaks: the forward, by its tokens, and the logits, by the requests that sample (rows). They do not
+overlap, so a step costs the larger one.
+
+    kept     the heaps keep what steps take: fastest, a few times the memory, for a lease with room to spare
+    exact    every large buffer goes back at once: for a tight lease; what a step takes is known before it runs.
+             The first steps are exact, because the estimate is learned from such steps
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from replicas.activation_profile import ActivationProfile
+
+_KEPT_OVER_EXACT = 4
+"""Upper estimate of what the heap keeps of a step, over its exact peak: 2.1 to 3.7 were measured."""
+_CALM_S = 2.0
+"""The lease must have room for kept activations for so long before they are kept again."""
+
+
+@dataclass(frozen=True)
+class ActivationSample:
+    """What one step took on one worker: its tokens, the requests in it, whether the heap kept freed buffers, the peak
+    in the step, and what the heap holds after it."""
+
+    tokens: int
+    rows: int
+    kept: bool
+    peak_bytes: int
+    held_bytes: int
+
+
+@dataclass(frozen=True)
+class StepAllowance:
+    """How the next step may run: at most so many tokens; with the heaps trimmed before it; keeping what it takes."""
+
+    tokens: int
+    trim: bool
+    keep: bool
+
+
+class ActivationLedger:
+    """Bytes over all ranks. Lives in the scheduler's process.
+
+    Args:
+        token_bytes: a worker's activation bytes of a token, before any was measured.
+        row_bytes: a worker's bytes of the logits of one request, likewise.
+    """
+
+    def __init__(self, token_bytes: int, row_bytes: int, ranks: int) -> None:
+        self._forward = ActivationProfile(token_bytes)
+        self._logits = ActivationProfile(row_bytes)
+        self._ranks = ranks
+        self._keep = False
+        self._tight_at: float | None = None
+        self._largest_kept = 0
+        # Of the last two steps: a step is measured when the next one runs.
+        self._unmeasured: deque[int] = deque([0, 0], maxlen=2)
+        self.held_bytes = 0
+        """Measured after the last step that was reported; on the worker that reported last, times the ranks."""
+
+    @property
+    def charged_bytes(self) -> int:
+        """What steps so far can hold now: measured, or estimated where that has not come back yet."""
+        return max(self.held_bytes, *self._unmeasured)
+
+    def bytes_for(self, tokens: int, rows: int) -> int:
+        """Upper estimate for an exact step."""
+        return self._ranks * max(self._forward.bytes_for(tokens), self._logits.bytes_for(rows))
+
+    def allow(self, room_bytes: int, wanted: int, least: int, rows: int, now: float) -> StepAllowance:
+        """How a step that could compute ``wanted`` tokens of ``rows`` requests may run in ``room_bytes``; it can always
+        compute ``least``."""
+        kept_bytes = max(self.charged_bytes, _KEPT_OVER_EXACT * self.bytes_for(wanted, rows))
+        if kept_bytes > room_bytes:
+            self._tight_at = now
+        calm = self._forward.largest_tokens > 0 and (self._tight_at is None or now - self._tight_at >= _CALM_S)
+        if calm or (self._keep and kept_bytes <= room_bytes):
+            self._keep = True
+            return StepAllowance(max(least, wanted), trim=False, keep=True)
+        trim = self._keep or self.held_bytes > max(room_bytes, 0)
+        self._keep = False
+        if trim:
+            self.on_trim()
+        within = self._forward.tokens_within(max(room_bytes, 0) // self._ranks, wanted)
+        return StepAllowance(max(least, within), trim, keep=False)
+
+    def on_step(self, tokens: int, rows: int) -> None:
+        """A step was scheduled."""
+        expected = self.bytes_for(tokens, rows)
+        if self._keep:
+            # What a larger step has left is enough for a smaller one.
+            expected = 0 if expected <= self._largest_kept else _KEPT_OVER_EXACT * expected
+            self._largest_kept = max(self._largest_kept, expected // _KEPT_OVER_EXACT)
+        self._unmeasured.append(expected)
+
+    def on_trim(self) -> None:
+        """The next step starts with trimmed heaps."""
+        self.held_bytes = self._largest_kept = 0
+        self._unmeasured.extend([0, 0])
+
+    def observe(self, sample: ActivationSample) -> None:
+        """Learn from a step. The peak of an exact one belongs to the curve that expected more; a step of decodes alone
+        is all logits."""
+        self.held_bytes = self._ranks * sample.held_bytes
+        if sample.kept:
+            return
+        expected_logits = self._logits.bytes_for(sample.rows)
+        if sample.rows and (sample.tokens == sample.rows or self._forward.bytes_for(sample.tokens) < expected_logits):
+            self._logits.observe(sample.rows, sample.peak_bytes)
+        else:
+            self._forward.observe(sample.tokens, sample.peak_bytes)

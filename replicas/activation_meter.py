@@ -1,0 +1,39 @@
+"""What a worker's steps take of its heap, measured in the worker. For engines that compute on the CPU."""
+
+from memory_agent.heap import HeapProbe, keep_freed
+from replicas.activation_ledger import ActivationSample
+
+
+class ActivationMeter:
+    """Measures from the start of one step to the start of the next, so that sampling is part of the step.
+
+    Made before the first step, when weights are loaded: what the process holds then, or after a trim, is not counted.
+    """
+
+    def __init__(self) -> None:
+        self._keeps = False
+        keep_freed(self._keeps)
+        self._probe = HeapProbe()
+        self._tokens = self._rows = 0
+
+    def start_step(self, tokens: int, rows: int, keep: bool) -> None:
+        """The forward of a step with so many tokens of so many requests comes next. ``keep``: the heap keeps what it
+        takes."""
+        if keep != self._keeps:
+            self._keeps = keep
+            keep_freed(keep)
+        self._tokens, self._rows = tokens, rows
+        if tokens:
+            self._probe.restart()
+
+    def finish_step(self) -> list[ActivationSample]:
+        """What the step that was started last took; nothing where none has run."""
+        tokens, self._tokens = self._tokens, 0
+        if not tokens:
+            return []
+        use = self._probe.read()
+        return [ActivationSample(tokens, self._rows, self._keeps, use.peak_bytes, use.held_bytes)]
+
+    def trim(self) -> None:
+        """Give back what past steps left."""
+        self._probe.trim()
