@@ -69,10 +69,14 @@ class ActivationLedger:
         """Upper estimate for an exact step."""
         return self._ranks * max(self._forward.bytes_for(tokens), self._logits.bytes_for(rows))
 
+    def kept_bytes_for(self, tokens: int, rows: int) -> int:
+        """Upper estimate of what a step leaves in the heaps that keep it, after the steps so far."""
+        return max(self.charged_bytes, _KEPT_OVER_EXACT * self.bytes_for(tokens, rows))
+
     def allow(self, room_bytes: int, wanted: int, least: int, rows: int, now: float) -> StepAllowance:
         """How a step that could compute ``wanted`` tokens of ``rows`` requests may run in ``room_bytes``; it can always
         compute ``least``."""
-        kept_bytes = max(self.charged_bytes, _KEPT_OVER_EXACT * self.bytes_for(wanted, rows))
+        kept_bytes = self.kept_bytes_for(wanted, rows)
         if kept_bytes > room_bytes:
             self._tight_at = now
         calm = self._forward.largest_tokens > 0 and (self._tight_at is None or now - self._tight_at >= _CALM_S)

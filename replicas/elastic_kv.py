@@ -322,6 +322,8 @@ class ElasticKv:
         row.set(EngineWord.USED_BYTES, self.parking.used_blocks * block_bytes)
         step_bytes = self.activations.bytes_for(demand.tokens_wanted, demand.rows)
         row.set(EngineWord.DEMAND_BYTES, max(self._wanted, self._rest) * self._extent_bytes + step_bytes)
+        comfort_bytes = self.activations.kept_bytes_for(demand.tokens_wanted, demand.rows) - step_bytes
+        row.set(EngineWord.COMFORT_BYTES, comfort_bytes)
         row.set(EngineWord.TOKEN_BUDGET, self._allowance.tokens)
         row.set(EngineWord.RUNNING, demand.running)
         row.set(EngineWord.WAITING, demand.waiting)
