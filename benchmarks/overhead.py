@@ -50,8 +50,6 @@ def spec(elastic: bool) -> EngineSpec:
         kv_rest_bytes=REST_BLOCKS * BLOCK_BYTES,
         kv_guarantee_bytes=GUARANTEE_BLOCKS * BLOCK_BYTES,
         weights_bytes=269 << 20,
-        token_bytes=24_600,
-        row_bytes=491_520,
         max_num_seqs=64,
         max_num_batched_tokens=2048,
         elastic=elastic,
@@ -101,10 +99,9 @@ async def breathing(engine: LocalEngine) -> AsyncIterator[None]:
     async def breathe() -> None:
         while True:
             demand = max(engine.word(EngineWord.USED_BYTES), engine.word(EngineWord.DEMAND_BYTES))
-            demand += engine.word(EngineWord.COMFORT_BYTES)
             engine.set_limit(max(demand + SLACK_BLOCKS * BLOCK_BYTES, GUARANTEE_BLOCKS * BLOCK_BYTES))
             await asyncio.sleep(0.1)
-            engine.set_limit(spec(True).ceiling_bytes)
+            engine.set_limit(CEILING_BLOCKS * BLOCK_BYTES)
             await asyncio.sleep(0.23)
 
     task = asyncio.create_task(breathe())

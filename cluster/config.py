@@ -134,8 +134,11 @@ class MemoryConfig(_Section):
     """The KV memory of one device (of this host, without a GPU)."""
 
     budget: Size = None
-    """Bytes of KV memory and activations that all engines of the device share. auto: twice what one longest request of
-    each needs, at least 1GiB, if free."""
+    """KV bytes that all engines of the device share, with activations if these are charged. auto: twice what one
+    longest request of each needs, at least 1GiB, if free."""
+    activations: bool = False
+    """true: activations count against the budget too. A step computes as many tokens as their activations fit; with
+    little room each step gives its memory back at once, which costs up to a third of the speed. Experimental."""
     rest: Size = None
     """KV bytes that an idle engine shrinks to. auto: a 64th of its ceiling, at least two KV blocks."""
 

@@ -155,10 +155,7 @@ class LocalCluster:
                 f"{spec.kv_rest_bytes // MIB} at rest, {spec.kv_guarantee_bytes // MIB} guaranteed, "
                 f"{spec.kv_ceiling_bytes // MIB} at most"
             )
-        say(
-            f"budget for KV and activations {sizing.budget_bytes / GIB:.2f} GiB; "
-            f"the cluster needs {sizing.needed_bytes / GIB:.2f} GiB"
-        )
+        say(f"KV budget {sizing.budget_bytes / GIB:.2f} GiB; the cluster needs {sizing.needed_bytes / GIB:.2f} GiB")
         return sizing
 
     def _check_engines(self, sizing: Sizing, say: Callable[[str], None]) -> None:

@@ -7,8 +7,8 @@
     one engine's KV:  rest <= guarantee <= ceiling <= budget
 
 ``guarantee`` is one longest request: ``max_model_len`` in whole KV blocks, one block more because a request's last
-block is prepared ahead, and vLLM's null block; and the activations of the smallest step. What is above the guarantees
-goes to whoever needs it, as KV memory or as activations.
+block is prepared ahead, and vLLM's null block; and where activations are charged, those of the smallest step. What is
+above the guarantees goes to whoever needs it.
 """
 
 import math
@@ -40,7 +40,8 @@ class Sizing:
 
     Attributes:
         specs: engine settings, one a model, in the order of the configuration.
-        budget_bytes: bytes of KV memory and activations that all elastic engines of the device share.
+        budget_bytes: bytes of KV memory, and of activations where they are charged, that all elastic engines of the
+            device share.
         needed_bytes: memory the whole cluster can come to hold; at most the free memory it was computed from.
     """
 
@@ -55,6 +56,7 @@ class _Engine:
 
     model: ModelConfig
     facts: ModelFacts
+    charge_activations: bool
 
     @property
     def block_tokens(self) -> int:
@@ -70,7 +72,9 @@ class _Engine:
 
     @property
     def step_bytes(self) -> int:
-        """Activations of the smallest step: a token of each running request, and their logits."""
+        """Charged activations of the smallest step: a token of each running request, and their logits."""
+        if not self.charge_activations:
+            return 0
         return self.model.max_num_seqs * max(self.facts.activation_token_bytes, self.facts.logits_row_bytes)
 
     @property
@@ -92,7 +96,9 @@ def plan_sizes(config: ClusterConfig, facts: Sequence[ModelFacts], free_bytes: i
 
     Raises SettingsError where the memory, a budget or a ceiling is too small: with what is needed and what would fit.
     """
-    engines = [_Engine(model, fact) for model, fact in zip(config.models, facts, strict=True)]
+    engines = [
+        _Engine(model, fact, config.memory.activations) for model, fact in zip(config.models, facts, strict=True)
+    ]
     fixed = BASE_BYTES + sum(e.model.replicas * e.fixed_bytes for e in engines)
     elastic = [e for e in engines if e.model.elastic]
     guarantees = sum(e.model.replicas * e.guarantee_bytes for e in elastic)
@@ -117,8 +123,7 @@ def _budget(config: ClusterConfig, elastic: Sequence[_Engine], guarantees: int, 
         tokens = _longest_request(elastic, wanted)
         remedy = f"max_model_len of {tokens} fits" if tokens > 0 else "fewer replicas are needed"
         raise SettingsError(
-            f"memory.budget is {_mib(wanted)}, but one longest request of every replica and its step need "
-            f"{_mib(guarantees)}: "
+            f"memory.budget is {_mib(wanted)}, but one longest request of every replica needs {_mib(guarantees)}: "
             f"raise it to {_mib(guarantees)}; or with this budget, {remedy}"
         )
     if wanted > room:
@@ -140,6 +145,7 @@ def _spec(engine: _Engine, budget: int, wanted_rest: int | None) -> EngineSpec:
         kv_rest_bytes=rest,
         kv_guarantee_bytes=engine.longest_bytes,
         weights_bytes=facts.weights_bytes,
+        charge_activations=engine.charge_activations,
         token_bytes=facts.activation_token_bytes,
         row_bytes=facts.logits_row_bytes,
         dtype=facts.dtype,

@@ -107,6 +107,7 @@ class ElasticKv:
         self._idle_since: float | None = clock()
         self.activations = ActivationLedger(settings.token_bytes, settings.row_bytes, self._ranks)
         self._allowance = StepAllowance(0, trim=False, keep=False)
+        self._heaps_used = False
         self._appear(handshakes, block_tokens)
 
     # -- a step -------------------------------------------------------------------------------------------------------
@@ -141,7 +142,9 @@ class ElasticKv:
             )
         )
         self._unmap_now = self.parking.begin_unmap(self._plan.shrink)
-        self._plan_activations(lease.limit_bytes, demand, idle=not busy and self._is_idle(now))
+        self._plan_activations(
+            lease.limit_bytes, demand, idle=not busy and (self._plan.shrink > 0 or self._is_idle(now))
+        )
         if self._plan.forced:
             self._preempt_until_it_fits(demand.blocks_returning, preempt)
         self._publish(demand, lease.revision)
@@ -159,6 +162,7 @@ class ElasticKv:
             rows=rows,
         )
         self.activations.on_step(tokens, rows)
+        self._heaps_used |= tokens > 0
         self._plan, self._unmap_now, self._aborted = KvPlan(), [], []
         if moves.unmap or moves.map:
             self._sequence += 1
@@ -207,9 +211,7 @@ class ElasticKv:
         """True while an engine without requests must step: a lease unread, moves in flight, idle memory."""
         if self._flights or self._aborted or self.row.lease.revision != self.row.get(EngineWord.APPLIED_REVISION):
             return True
-        return self._is_idle(self._clock()) and (
-            self.activations.charged_bytes > 0 or self.parking.has_free_extent_beyond(self._rest)
-        )
+        return self._is_idle(self._clock()) and (self._heaps_used or self.parking.has_free_extent_beyond(self._rest))
 
     @property
     def usage(self) -> float:
@@ -235,20 +237,24 @@ class ElasticKv:
         same at any load, so that a request that starts never takes the memory of one that runs."""
         least = self.activations.bytes_for(demand.tokens_least, demand.tokens_least)
         left = max(limit_bytes - least, min(limit_bytes, self._settings.kv_guarantee_bytes))
-        return left // self._extent_bytes
+        return (left if self._settings.charge_activations else limit_bytes) // self._extent_bytes
 
     def _plan_activations(self, limit_bytes: int, demand: StepDemand, idle: bool) -> None:
         """KV memory goes first; the step's tokens get what is left, and an engine with nothing to do keeps nothing."""
         spare = 1 if self._committed + self._plan.grow < self._limit else 0  # a shortage may map one extent more
         room = limit_bytes - (self._committed + self._plan.grow + spare) * self._extent_bytes
         if idle:
-            self._allowance = StepAllowance(0, trim=self.activations.charged_bytes > 0, keep=False)
+            self._allowance = StepAllowance(0, trim=self._heaps_used, keep=False)
             self.activations.on_trim()
-        else:
+        elif self._settings.charge_activations:
             self._allowance = self.activations.allow(
                 room, demand.tokens_wanted, demand.tokens_least, demand.rows, self._clock()
             )
-        self._add(EngineWord.TRIMS, int(self._allowance.trim))
+        else:
+            self._allowance = StepAllowance(max(demand.tokens_least, demand.tokens_wanted), trim=False, keep=True)
+        if self._allowance.trim:
+            self._heaps_used = False
+            self._add(EngineWord.TRIMS, 1)
 
     def _preempt_until_it_fits(self, blocks_returning: int, preempt: Callable[[], int]) -> None:
         """The lease is below what requests use: preempt until enough extents are, or are about to be, free."""
@@ -286,7 +292,7 @@ class ElasticKv:
         self._add(moved_bytes, extents * self._extent_bytes)
 
     def _publish_committed(self, growing: int = 0) -> None:
-        activations = self.activations.charged_bytes
+        activations = self.activations.charged_bytes if self._settings.charge_activations else 0
         self.row.set(EngineWord.ACTIVATION_BYTES, activations)
         self.row.set(EngineWord.COMMITTED_BYTES, (self._committed + growing) * self._extent_bytes + activations)
 
@@ -320,9 +326,11 @@ class ElasticKv:
         row, block_bytes = self.row, self._extent_bytes // self._extents.blocks_per_extent
         self._publish_committed(self._plan.grow)
         row.set(EngineWord.USED_BYTES, self.parking.used_blocks * block_bytes)
-        step_bytes = self.activations.bytes_for(demand.tokens_wanted, demand.rows)
+        step_bytes = comfort_bytes = 0
+        if self._settings.charge_activations:
+            step_bytes = self.activations.bytes_for(demand.tokens_wanted, demand.rows)
+            comfort_bytes = self.activations.kept_bytes_for(demand.tokens_wanted, demand.rows) - step_bytes
         row.set(EngineWord.DEMAND_BYTES, max(self._wanted, self._rest) * self._extent_bytes + step_bytes)
-        comfort_bytes = self.activations.kept_bytes_for(demand.tokens_wanted, demand.rows) - step_bytes
         row.set(EngineWord.COMFORT_BYTES, comfort_bytes)
         row.set(EngineWord.TOKEN_BUDGET, self._allowance.tokens)
         row.set(EngineWord.RUNNING, demand.running)

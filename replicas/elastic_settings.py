@@ -12,6 +12,7 @@ class ElasticSettings:
         board_path, row: where the engine reads its lease and writes its numbers.
         rest_bytes: KV bytes, per worker, mapped at start and kept by an idle engine.
         kv_guarantee_bytes: KV bytes, over all workers, of one longest request: activations never take these.
+        charge_activations: activations count against the lease, and bound the tokens of a step.
         token_bytes, row_bytes: activation bytes of a token and of a request's logits, per worker, until measured.
         idle_release_s: idleness after which the engine shrinks to ``rest_bytes``.
         patience_s: longest wait for a lease that the agent is about to raise, before a request is preempted instead.
@@ -24,6 +25,7 @@ class ElasticSettings:
     row: int
     rest_bytes: int
     kv_guarantee_bytes: int
+    charge_activations: bool
     token_bytes: int
     row_bytes: int
     idle_release_s: float = 3.0

@@ -37,6 +37,7 @@ def build_vllm_config(spec: EngineSpec, board_path: str = "", row: int = 0) -> V
         row=row,
         rest_bytes=spec.kv_rest_bytes,
         kv_guarantee_bytes=spec.kv_guarantee_bytes,
+        charge_activations=spec.charge_activations,
         token_bytes=spec.token_bytes,
         row_bytes=spec.row_bytes,
     )

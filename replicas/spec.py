@@ -19,6 +19,7 @@ class EngineSpec:
         kv_rest_bytes: committed KV bytes the engine shrinks to when idle.
         kv_guarantee_bytes: KV bytes of one longest request; always obtainable.
         weights_bytes: bytes of the loaded weights.
+        charge_activations: activations count against the lease, and bound the tokens of a step.
         token_bytes: upper estimate of a worker's activation bytes of one token in a step, used until it is measured.
         row_bytes: likewise, of the logits of one request that samples.
         async_scheduling: None leaves it to vLLM's platform default; True forces it on.
@@ -32,6 +33,7 @@ class EngineSpec:
     kv_rest_bytes: int
     kv_guarantee_bytes: int
     weights_bytes: int
+    charge_activations: bool = False
     token_bytes: int = 64 << 10
     row_bytes: int = 1 << 20
     dtype: str = "auto"
@@ -43,8 +45,8 @@ class EngineSpec:
 
     @property
     def guarantee_bytes(self) -> int:
-        """What this engine must always be able to get: KV memory of one longest request, and the activations of the
-        smallest step that lets every running request go on, a token of each."""
+        """What this engine must always be able to get: KV memory of one longest request, and where they are charged,
+        the activations of the smallest step that lets every running request go on, a token of each."""
         return self.kv_guarantee_bytes + self._activation_bytes(self.max_num_seqs)
 
     @property
@@ -53,4 +55,4 @@ class EngineSpec:
         return self.kv_ceiling_bytes + self._activation_bytes(self.max_num_batched_tokens)
 
     def _activation_bytes(self, tokens: int) -> int:
-        return max(tokens * self.token_bytes, self.max_num_seqs * self.row_bytes)
+        return max(tokens * self.token_bytes, self.max_num_seqs * self.row_bytes) if self.charge_activations else 0

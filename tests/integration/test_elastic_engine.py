@@ -21,7 +21,7 @@ REST_BLOCKS, GUARANTEE_BLOCKS, CEILING_BLOCKS = 4, 18, 80
 TOKENS = 60
 
 
-def spec(elastic: bool, async_scheduling: bool | None = None) -> EngineSpec:
+def spec(elastic: bool, async_scheduling: bool | None = None, charge_activations: bool = False) -> EngineSpec:
     return EngineSpec(
         model_name="smollm2",
         model_path=str(get_default_model(lambda line: None)),
@@ -34,6 +34,7 @@ def spec(elastic: bool, async_scheduling: bool | None = None) -> EngineSpec:
         max_num_seqs=16,
         max_num_batched_tokens=1024,
         elastic=elastic,
+        charge_activations=charge_activations,
         async_scheduling=async_scheduling,
         engine_args={"enforce_eager": True},
     )
@@ -91,7 +92,7 @@ def test_tokens_and_bytes_of_an_elastic_engine(reference: list[list[int]], tmp_p
     numbers, also when the engine is idle, and an idle engine rests."""
 
     async def run() -> None:
-        async with local_engine(spec(elastic=True), tmp_path / "board", engines=2) as e:
+        async with local_engine(spec(elastic=True, charge_activations=True), tmp_path / "board", engines=2) as e:
             assert e.held_bytes_os() == kv_committed(e) == REST_BLOCKS * BLOCK_BYTES
             assert e.word(EngineWord.BLOCKS_CEILING) >= 4 * REST_BLOCKS
 

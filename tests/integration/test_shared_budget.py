@@ -36,8 +36,6 @@ def spec() -> EngineSpec:
         dtype="bfloat16",
         kv_ceiling_bytes=BUDGET_BYTES,
         kv_rest_bytes=2 * BLOCK_BYTES,
-        token_bytes=24_600,
-        row_bytes=491_520,
         kv_guarantee_bytes=GUARANTEE_BYTES,
         weights_bytes=269 << 20,
         max_num_seqs=16,

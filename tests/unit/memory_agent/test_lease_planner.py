@@ -264,11 +264,13 @@ class AdversarialEngines(RuleBasedStateMachine):
     def begin(self, budget: int) -> None:
         self.budget = budget * UNIT + 17
         self.all: list[Engine] = []
+        self.arrived = 0
         self.allowed = self.budget
 
     @rule(target=engines, guarantee=st.integers(1, 400 * UNIT), weight=st.sampled_from([1, 500, 1000, 9000]))
     def arrive(self, guarantee: int, weight: int) -> Engine:
-        engine = Engine(str(len(self.all)), guarantee, ceiling=max(guarantee, self.budget), weight=weight)
+        self.arrived += 1  # a name is never used again, as an engine's id is not
+        engine = Engine(str(self.arrived), guarantee, ceiling=max(guarantee, self.budget), weight=weight)
         try:
             check_guarantees({one.name: one.guarantee for one in [*self.all, engine]}, self.budget)
         except SettingsError:

@@ -26,7 +26,9 @@ TOKEN_BYTES = PAGE // 10
 class World:
     """One engine's scheduler side, with a clock, a board, a block pool and workers that the test plays."""
 
-    def __init__(self, board: Path, ranks: int = 1, blocks_per_extent: int = 1, kv_first: bool = True) -> None:
+    def __init__(
+        self, board: Path, ranks: int = 1, blocks_per_extent: int = 1, kv_first: bool = True, charge: bool = True
+    ) -> None:
         self.now = 100.0
         self.board = LeaseBoard.create(board, BLOCKS * PAGE)
         self.ranks = ranks
@@ -42,6 +44,7 @@ class World:
                 0,
                 rest_bytes=chunk,
                 kv_guarantee_bytes=self.board.budget_bytes * ranks if kv_first else 0,
+                charge_activations=charge,
                 token_bytes=TOKEN_BYTES,
                 row_bytes=1,
             ),
@@ -201,6 +204,28 @@ def test_an_idle_engine_has_no_activations(world: World) -> None:
     assert world.step().trim
     assert world.board.row(0).get(EngineWord.ACTIVATION_BYTES) == 0
     assert not world.kv.has_work()
+
+
+def test_activations_that_are_not_charged_bound_nothing(tmp_path: Path) -> None:
+    """A step computes what it wants, the heap keeps what it takes, and an engine with nothing to do gives it back when
+    its lease shrinks, or after a while."""
+    world = World(tmp_path / "board", kv_first=False, charge=False)
+    world.set_limit_extents(12)
+    world.settle(wanted=10)
+    world.requests = [[]]
+    step = world.step(tokens=5000, least=4)
+    assert (world.kv.token_budget, step.keep, step.trim) == (5000, True, False)
+    assert world.board.row(0).get(EngineWord.ACTIVATION_BYTES) == 0
+    world.set_limit_extents(6)
+    assert not world.step(tokens=5000).trim  # a shrink under a running request
+    world.requests.clear()
+    world.answer()
+    assert not world.step().trim
+    world.set_limit_extents(3)
+    assert world.step().trim
+    world.answer()
+    world.now += 10.0
+    assert not world.step().trim
 
 
 def test_a_step_gets_the_tokens_that_kv_memory_leaves_room_for(tmp_path: Path) -> None:
