@@ -55,7 +55,8 @@ class ActivationLedger:
         self._keep = False
         self._tight_at: float | None = None
         self._largest_kept = 0
-        # Of the last two steps: a step is measured when the next one runs.
+        # Of the last two steps that were kept: a step is measured when the next one runs. Of the last exact one alone:
+        # what it took is back before the next one starts.
         self._unmeasured: deque[int] = deque([0, 0], maxlen=2)
         self.held_bytes = 0
         """Measured after the last step that was reported; on the worker that reported last, times the ranks."""
@@ -71,7 +72,8 @@ class ActivationLedger:
 
     def kept_bytes_for(self, tokens: int, rows: int) -> int:
         """Upper estimate of what a step leaves in the heaps that keep it, after the steps so far."""
-        return max(self.charged_bytes, _KEPT_OVER_EXACT * self.bytes_for(tokens, rows))
+        left = self.charged_bytes if self._keep else self.held_bytes
+        return max(left, _KEPT_OVER_EXACT * self.bytes_for(tokens, rows))
 
     def allow(self, room_bytes: int, wanted: int, least: int, rows: int, now: float) -> StepAllowance:
         """How a step that could compute ``wanted`` tokens of ``rows`` requests may run in ``room_bytes``; it can always
@@ -97,6 +99,8 @@ class ActivationLedger:
             # What a larger step has left is enough for a smaller one.
             expected = 0 if expected <= self._largest_kept else _KEPT_OVER_EXACT * expected
             self._largest_kept = max(self._largest_kept, expected // _KEPT_OVER_EXACT)
+        else:
+            self._unmeasured.append(0)
         self._unmeasured.append(expected)
 
     def on_trim(self) -> None:

@@ -186,7 +186,6 @@ class ElasticKv:
         """What workers measured of the step before the one that they answer."""
         for sample in samples:
             self.activations.observe(sample)
-            self.row.set(EngineWord.ACTIVATION_HELD_BYTES, self.activations.held_bytes)
 
     @property
     def token_budget(self) -> int:
@@ -294,6 +293,7 @@ class ElasticKv:
     def _publish_committed(self, growing: int = 0) -> None:
         activations = self.activations.charged_bytes if self._settings.charge_activations else 0
         self.row.set(EngineWord.ACTIVATION_BYTES, activations)
+        self.row.set(EngineWord.ACTIVATION_HELD_BYTES, self.activations.held_bytes)
         self.row.set(EngineWord.COMMITTED_BYTES, (self._committed + growing) * self._extent_bytes + activations)
 
     def _add(self, word: EngineWord, value: int) -> None:
