@@ -90,7 +90,8 @@ class EngineReplica:
         if self._link is not None:
             self._start(self._link.follow_lease(self._engine.wake))
             self._start(self._link.follow_targets())
-        await warm_up(self._engine)
+        if spec.charge_activations:
+            await warm_up(self._engine)
 
     async def generate(self, frames: "Frames") -> "AsyncGenerator[Frames, None]":
         """Run one encoded EngineCoreRequest and yield its encoded outputs. Leaving early aborts it in the engine."""

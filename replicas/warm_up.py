@@ -1,4 +1,4 @@
-"""The first steps of a new engine: they measure its activations, and make its kernels ready, before users come."""
+"""The first steps of a new engine whose activations are charged: they measure them before users come."""
 
 import random
 import time
