@@ -19,7 +19,7 @@ from cluster.config import ClusterConfig, ModelConfig
 from cluster.models import ModelFacts
 from memory_agent.errors import SettingsError
 from memory_agent.lease_board import LIMIT_UNIT_BYTES
-from replicas.spec import EngineSpec
+from replicas.spec import EngineSpec, step_bytes
 
 MIB, GIB = 1 << 20, 1 << 30
 BASE_BYTES = 7 * GIB // 4
@@ -75,7 +75,8 @@ class _Engine:
         """Charged activations of the smallest step: a token of each running request, and their logits."""
         if not self.charge_activations:
             return 0
-        return self.model.max_num_seqs * max(self.facts.activation_token_bytes, self.facts.logits_row_bytes)
+        seqs, facts = self.model.max_num_seqs, self.facts
+        return step_bytes(seqs, facts.activation_token_bytes, seqs, facts.logits_row_bytes)
 
     @property
     def guarantee_bytes(self) -> int:

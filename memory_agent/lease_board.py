@@ -126,10 +126,6 @@ class EngineWord(IntEnum):
     """Measured in the workers after the last step that was reported: what a trim would give back."""
     TOKEN_BUDGET = 57
     """Most tokens of a step that the lease allowed last."""
-    TRIMS = 58
-    """Times that the workers were told to give past activations back."""
-    COMFORT_BYTES = 59
-    """Beyond DEMAND_BYTES: what would let the heap keep the steps' activations, which is faster."""
     WORKER_COUNT = 60
     WORKER_PID_0 = 61
     """WORKER_PID_0 + i: process id of worker i, up to MAX_WORKERS."""

@@ -70,15 +70,11 @@ class ActivationLedger:
         """Upper estimate for an exact step."""
         return self._ranks * max(self._forward.bytes_for(tokens), self._logits.bytes_for(rows))
 
-    def kept_bytes_for(self, tokens: int, rows: int) -> int:
-        """Upper estimate of what a step leaves in the heaps that keep it, after the steps so far."""
-        left = self.charged_bytes if self._keep else self.held_bytes
-        return max(left, _KEPT_OVER_EXACT * self.bytes_for(tokens, rows))
-
     def allow(self, room_bytes: int, wanted: int, least: int, rows: int, now: float) -> StepAllowance:
         """How a step that could compute ``wanted`` tokens of ``rows`` requests may run in ``room_bytes``; it can always
         compute ``least``."""
-        kept_bytes = self.kept_bytes_for(wanted, rows)
+        left = self.charged_bytes if self._keep else self.held_bytes
+        kept_bytes = max(left, _KEPT_OVER_EXACT * self.bytes_for(wanted, rows))
         if kept_bytes > room_bytes:
             self._tight_at = now
         calm = self._forward.largest_tokens > 0 and (self._tight_at is None or now - self._tight_at >= _CALM_S)

@@ -253,7 +253,6 @@ class ElasticKv:
             self._allowance = StepAllowance(max(demand.tokens_least, demand.tokens_wanted), trim=False, keep=True)
         if self._allowance.trim:
             self._heaps_used = False
-            self._add(EngineWord.TRIMS, 1)
 
     def _preempt_until_it_fits(self, blocks_returning: int, preempt: Callable[[], int]) -> None:
         """The lease is below what requests use: preempt until enough extents are, or are about to be, free."""
@@ -326,12 +325,9 @@ class ElasticKv:
         row, block_bytes = self.row, self._extent_bytes // self._extents.blocks_per_extent
         self._publish_committed(self._plan.grow)
         row.set(EngineWord.USED_BYTES, self.parking.used_blocks * block_bytes)
-        step_bytes = comfort_bytes = 0
-        if self._settings.charge_activations:
-            step_bytes = self.activations.bytes_for(demand.tokens_wanted, demand.rows)
-            comfort_bytes = self.activations.kept_bytes_for(demand.tokens_wanted, demand.rows) - step_bytes
+        charged = self._settings.charge_activations
+        step_bytes = self.activations.bytes_for(demand.tokens_wanted, demand.rows) if charged else 0
         row.set(EngineWord.DEMAND_BYTES, max(self._wanted, self._rest) * self._extent_bytes + step_bytes)
-        row.set(EngineWord.COMFORT_BYTES, comfort_bytes)
         row.set(EngineWord.TOKEN_BUDGET, self._allowance.tokens)
         row.set(EngineWord.RUNNING, demand.running)
         row.set(EngineWord.WAITING, demand.waiting)

@@ -4,6 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+def step_bytes(tokens: int, token_bytes: int, rows: int, row_bytes: int) -> int:
+    """Upper estimate of the activations of a step of ``tokens`` that samples for ``rows`` requests: its forward and its
+    logits do not overlap."""
+    return max(tokens * token_bytes, rows * row_bytes)
+
+
 @dataclass(frozen=True)
 class EngineSpec:
     """One model's engine settings, after defaults and sizes have been resolved.
@@ -55,4 +61,6 @@ class EngineSpec:
         return self.kv_ceiling_bytes + self._activation_bytes(self.max_num_batched_tokens)
 
     def _activation_bytes(self, tokens: int) -> int:
-        return max(tokens * self.token_bytes, self.max_num_seqs * self.row_bytes) if self.charge_activations else 0
+        if not self.charge_activations:
+            return 0
+        return step_bytes(tokens, self.token_bytes, self.max_num_seqs, self.row_bytes)

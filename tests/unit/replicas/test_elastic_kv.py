@@ -114,6 +114,15 @@ def world(tmp_path: Path) -> Iterator[World]:
     yield World(tmp_path / "board")
 
 
+@pytest.fixture
+def tight(tmp_path: Path) -> World:
+    """One running request, a lease of 12 extents, and nothing that activations may not take."""
+    world = World(tmp_path / "board", kv_first=False)
+    world.set_limit_extents(12)
+    world.requests = [[]]
+    return world
+
+
 def test_only_the_rest_is_usable_at_the_start(world: World) -> None:
     """Every other block is parked, and the board shows the engine."""
     assert world.pool.get_num_free_blocks() == 0  # the one mapped block is the null block
@@ -228,59 +237,47 @@ def test_activations_that_are_not_charged_bound_nothing(tmp_path: Path) -> None:
     assert not world.step().trim
 
 
-def test_a_step_gets_the_tokens_that_kv_memory_leaves_room_for(tmp_path: Path) -> None:
+def test_a_step_gets_the_tokens_that_kv_memory_leaves_room_for(tight: World) -> None:
     """Many with memory to spare, few when KV memory needs it, never fewer than the running requests need."""
-    world = World(tmp_path / "board", kv_first=False)
-    world.set_limit_extents(12)
-    world.requests = [[]]
-    world.step(tokens=1000, least=4)
-    assert 90 <= world.kv.token_budget <= 110  # one extent is mapped, one may be
-    world.settle(wanted=10)
-    world.step(wanted=10, tokens=1000, least=4)
-    assert 4 <= world.kv.token_budget <= 10
-    assert world.board.row(0).get(EngineWord.COMMITTED_BYTES) <= 12 * world.extent_bytes
+    tight.step(tokens=1000, least=4)
+    assert 90 <= tight.kv.token_budget <= 110  # one extent is mapped, one may be
+    tight.settle(wanted=10)
+    tight.step(wanted=10, tokens=1000, least=4)
+    assert 4 <= tight.kv.token_budget <= 10
+    assert tight.board.row(0).get(EngineWord.COMMITTED_BYTES) <= 12 * tight.extent_bytes
 
 
-def test_kv_memory_takes_the_room_of_past_activations(tmp_path: Path) -> None:
+def test_kv_memory_takes_the_room_of_past_activations(tight: World) -> None:
     """With room to spare the heap keeps them; the step that needs the room trims them first."""
-    world = World(tmp_path / "board", kv_first=False)
-    world.set_limit_extents(12)
-    world.requests = [[]]
-    measured(world, 8, 64)
-    assert world.step(tokens=15).keep
-    world.kv.on_activations([ActivationSample(15, 1, True, 5 * PAGE, 5 * PAGE)])
-    world.answer()
-    assert world.step(wanted=1, tokens=1, least=1).keep
-    world.answer()
-    grown = world.step(wanted=10, tokens=1, least=1)
+    measured(tight, 8, 64)
+    assert tight.step(tokens=15).keep
+    tight.kv.on_activations([ActivationSample(15, 1, True, 5 * PAGE, 5 * PAGE)])
+    tight.answer()
+    assert tight.step(wanted=1, tokens=1, least=1).keep
+    tight.answer()
+    grown = tight.step(wanted=10, tokens=1, least=1)
     assert grown.trim
     assert not grown.keep
     assert len(grown.map) > 5
-    assert world.board.row(0).get(EngineWord.COMMITTED_BYTES) <= 12 * world.extent_bytes
+    assert tight.board.row(0).get(EngineWord.COMMITTED_BYTES) <= 12 * tight.extent_bytes
 
 
-def test_the_heap_keeps_activations_again_after_a_calm_while(tmp_path: Path) -> None:
+def test_the_heap_keeps_activations_again_after_a_calm_while(tight: World) -> None:
     """Not at once, so that a lease at the edge does not trim in every second step."""
-    world = World(tmp_path / "board", kv_first=False)
-    world.set_limit_extents(12)
-    world.requests = [[]]
-    measured(world, 8, 64)
-    assert not world.step(tokens=80).keep
-    assert not world.step(tokens=4).keep
-    world.now += 3.0
-    assert world.step(tokens=4).keep
+    measured(tight, 8, 64)
+    assert not tight.step(tokens=80).keep
+    assert not tight.step(tokens=4).keep
+    tight.now += 3.0
+    assert tight.step(tokens=4).keep
 
 
-def test_what_workers_measure_replaces_the_estimate(tmp_path: Path) -> None:
+def test_what_workers_measure_replaces_the_estimate(tight: World) -> None:
     """Steps that take half of what was assumed may have about twice the tokens."""
-    world = World(tmp_path / "board", kv_first=False)
-    world.set_limit_extents(12)
-    world.requests = [[]]
-    world.step(tokens=1000, least=4)
-    before = world.kv.token_budget
-    world.kv.on_activations([ActivationSample(tokens, 1, False, tokens * TOKEN_BYTES // 2, 0) for tokens in (8, 64)])
-    world.step(tokens=1000, least=4)
-    assert 1.6 * before < world.kv.token_budget < 2.1 * before
+    tight.step(tokens=1000, least=4)
+    before = tight.kv.token_budget
+    tight.kv.on_activations([ActivationSample(tokens, 1, False, tokens * TOKEN_BYTES // 2, 0) for tokens in (8, 64)])
+    tight.step(tokens=1000, least=4)
+    assert 1.6 * before < tight.kv.token_budget < 2.1 * before
 
 
 def test_waiting_helps_only_while_memory_is_on_its_way(world: World) -> None:
