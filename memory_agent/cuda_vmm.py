@@ -72,7 +72,7 @@ class CudaVmm:
             with self._current_context():
                 # Non-blocking: clearing a chunk does not wait for the kernels of the legacy default stream.
                 self._stream = self._call("cuStreamCreate", int(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
-        except BaseException:
+        except BaseException:  # undone whatever the reason, then raised again
             self._quietly("cuDevicePrimaryCtxRelease", self._device)
             raise
         self._closed = False
@@ -93,7 +93,7 @@ class CudaVmm:
         handle = ChunkHandle(int(self._call("cuMemCreate", size_bytes, self._properties, 0)), size_bytes)
         try:
             self._clear(handle)
-        except BaseException:
+        except BaseException:  # undone whatever the reason, then raised again
             self._call("cuMemRelease", handle.id)
             raise
         self._ledger.chunks[handle] = None
@@ -211,7 +211,7 @@ class CudaVmm:
         self._call("cuMemMap", address, handle.size_bytes, 0, handle.id, 0)
         try:
             self._call("cuMemSetAccess", address, handle.size_bytes, [self._access], 1)
-        except BaseException:
+        except BaseException:  # undone whatever the reason, then raised again
             self._call("cuMemUnmap", address, handle.size_bytes)
             raise
 

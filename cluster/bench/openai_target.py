@@ -111,7 +111,7 @@ class OpenAITarget:
         try:
             self.model = await self._find_model()
             await self._probe()
-        except BaseException:
+        except BaseException:  # undone whatever the reason, then raised again
             await self._session.close()
             raise
         return self
