@@ -65,11 +65,13 @@ class HeapProbe:
         self._floor = 0
         self.trim()
 
-    def trim(self) -> None:
-        """Trim the heap; what is left is the new floor."""
+    def trim(self) -> int:
+        """Trim the heap; what is left is the new floor. Returns the bytes by which the floor rose: not heap that was
+        free, but memory that stays (caches, work buffers of libraries)."""
         trim_heap()
-        self._floor = _memory()["RssAnon"]
+        before, self._floor = self._floor, _memory()["RssAnon"]
         self.restart()
+        return max(0, self._floor - before)
 
     def restart(self) -> None:
         """Forget the peak so far."""

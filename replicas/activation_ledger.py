@@ -9,7 +9,8 @@ overlap, so a step costs the larger one.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from replicas.activation_profile import ActivationProfile
 
@@ -33,9 +34,11 @@ class ActivationSample:
 
 @dataclass(frozen=True)
 class StepAllowance:
-    """How the next step may run: at most so many tokens; with the heaps trimmed before it; keeping what it takes."""
+    """How the next step may run: at most so many tokens, which take at most so many bytes; with the heaps trimmed
+    before it; keeping what it takes."""
 
     tokens: int
+    charged_bytes: int
     trim: bool
     keep: bool
 
@@ -70,23 +73,49 @@ class ActivationLedger:
         """Upper estimate for an exact step."""
         return self._ranks * max(self._forward.bytes_for(tokens), self._logits.bytes_for(rows))
 
-    def allow(self, room_bytes: int, wanted: int, least: int, rows: int, now: float) -> StepAllowance:
-        """How a step that could compute ``wanted`` tokens of ``rows`` requests may run in ``room_bytes``; it can always
-        compute ``least``."""
+    def allow(
+        self, room: Callable[[int], int], spare_bytes: int, wanted: int, least: int, rows: int, now: float
+    ) -> StepAllowance:
+        """How a step that could compute ``wanted`` tokens of ``rows`` requests may run; ``least`` is always allowed.
+
+        Args:
+            room: bytes that the lease leaves beside the KV memory that a step of so many tokens needs; not more for
+                more tokens.
+            spare_bytes: what it leaves beside all KV memory that is mapped or wanted.
+        """
+        wanted = max(wanted, least)
         left = self.charged_bytes if self._keep else self.held_bytes
         kept_bytes = max(left, _KEPT_OVER_EXACT * self.bytes_for(wanted, rows))
-        if kept_bytes > room_bytes:
+        if kept_bytes > spare_bytes:
             self._tight_at = now
         calm = self._forward.largest_tokens > 0 and (self._tight_at is None or now - self._tight_at >= _CALM_S)
-        if calm or (self._keep and kept_bytes <= room_bytes):
+        if calm or (self._keep and kept_bytes <= spare_bytes):
             self._keep = True
-            return StepAllowance(max(least, wanted), trim=False, keep=True)
-        trim = self._keep or self.held_bytes > max(room_bytes, 0)
+            return StepAllowance(wanted, kept_bytes, trim=False, keep=True)
+        trim = self._keep
         self._keep = False
         if trim:
             self.on_trim()
-        within = self._forward.tokens_within(max(room_bytes, 0) // self._ranks, wanted)
-        return StepAllowance(max(least, within), trim, keep=False)
+        tokens = self._most_tokens(room, least, wanted, rows)
+        return StepAllowance(tokens, self.bytes_for(tokens, rows), trim, keep=False)
+
+    def cut(self, allowance: StepAllowance, room_bytes: int, least: int, rows: int) -> StepAllowance:
+        """The same step with no more tokens than fit ``room_bytes``, but for ``least``. A kept step stays as it is."""
+        if allowance.keep or allowance.charged_bytes <= room_bytes:
+            return allowance
+        tokens = self._most_tokens(lambda _: room_bytes, least, allowance.tokens, rows)
+        return replace(allowance, tokens=tokens, charged_bytes=self.bytes_for(tokens, rows))
+
+    def _most_tokens(self, room: Callable[[int], int], least: int, most: int, rows: int) -> int:
+        """The largest step from ``least`` to ``most`` tokens that finds room; ``least`` where none does."""
+        low, high = least, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.bytes_for(middle, rows) <= room(middle):
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
     def on_step(self, tokens: int, rows: int) -> None:
         """A step was scheduled."""

@@ -3,6 +3,9 @@
 from memory_agent.heap import HeapProbe, keep_freed
 from replicas.activation_ledger import ActivationSample
 
+_LEFT_BYTES = 1 << 20
+"""An exact step that leaves more than this on the heap has found room there that an earlier step had left."""
+
 
 class ActivationMeter:
     """Measures from the start of one step to the start of the next, so that sampling is part of the step.
@@ -32,7 +35,10 @@ class ActivationMeter:
         if not tokens:
             return []
         use = self._probe.read()
-        return [ActivationSample(tokens, self._rows, self._keeps, use.peak_bytes, use.held_bytes)]
+        peak, held = use.peak_bytes, use.held_bytes
+        if not self._keeps and held > _LEFT_BYTES:
+            peak, held = max(0, peak - self._probe.trim()), 0
+        return [ActivationSample(tokens, self._rows, self._keeps, peak, held)]
 
     def trim(self) -> None:
         """Give back what past steps left."""

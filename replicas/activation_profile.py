@@ -61,17 +61,6 @@ class ActivationProfile:
         x0, x1, y0, y1 = self._tokens[at - 1], self._tokens[at], self._bytes[at - 1], self._bytes[at]
         return int((y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)) * _MARGIN)
 
-    def tokens_within(self, limit_bytes: int, most: int) -> int:
-        """The most tokens, up to ``most``, whose activations fit ``limit_bytes``; 0 where not even one does."""
-        low, high = 0, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.bytes_for(middle) <= limit_bytes:
-                low = middle
-            else:
-                high = middle - 1
-        return low
-
     def _fit(self) -> None:
         """The upper concave hull of the remembered observations, from left to right, never falling."""
         hull: list[tuple[int, int]] = []

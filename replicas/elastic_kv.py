@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vllm.v1.core.block_pool import BlockPool
 
@@ -56,11 +57,19 @@ _NOTHING = StepDemand(
 )
 
 
+class _Holding(NamedTuple):
+    """What an engine can hold at a moment: KV memory and activations."""
+
+    kv_bytes: int
+    activation_bytes: int
+
+
 @dataclass
 class _Flight:
-    """A KvMoves that not every rank has answered yet."""
+    """A KvMoves that not every rank has answered yet, and what was held before it."""
 
     moves: KvMoves
+    before: _Holding
     acks: list[KvAck]
 
 
@@ -93,9 +102,10 @@ class ElasticKv:
         self._blocks_ceiling = geometry.num_blocks
         self._rest = len(first.mapped_extents)
         self._batch = max(1, settings.map_batch_bytes // self._extent_bytes)
+        self._block_tokens = block_tokens
 
         self.row = LeaseBoard.open(Path(settings.board_path)).row(settings.row)
-        self._limit = self._wanted = self._rest
+        self._limit = self._soft_limit = self._wanted = self._rest
         self._plan = KvPlan()
         self._unmap_now: list[int] = []
         self._aborted: list[int] = []
@@ -106,9 +116,10 @@ class ElasticKv:
         self._map_retry_at = 0.0
         self._idle_since: float | None = clock()
         self.activations = ActivationLedger(settings.token_bytes, settings.row_bytes, self._ranks)
-        self._allowance = StepAllowance(0, trim=False, keep=False)
+        self._allowance = StepAllowance(0, 0, trim=False, keep=False)
+        self._before = _Holding(0, 0)
         self._heaps_used = False
-        self._appear(handshakes, block_tokens)
+        self._appear(handshakes)
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -122,16 +133,19 @@ class ElasticKv:
         """
         now = self._clock()
         lease = self.row.lease
-        self._limit = self._kv_limit(lease.limit_bytes, demand)
-        blocks = self.parking.used_blocks + 1 + demand.blocks_wanted
-        self._wanted = -(-blocks // self._extents.blocks_per_extent)
+        self._limit = self._soft_limit = self._kv_limit(lease.limit_bytes, demand)
+        self._wanted = self._extents_for(demand.blocks_wanted)
         self._over_since = None if self._wanted <= self._limit else self._over_since or now
         busy = bool(demand.running or demand.waiting)
         self._idle_since = None if busy else self._idle_since or now
         self._shortage = False
+        self._before = _Holding(self._kv_bytes(), self._activation_bytes)
+        if busy:
+            self._plan_activations(lease.limit_bytes, demand, now)
         self._plan = plan_moves(
             KvState(
                 limit=self._limit,
+                soft_limit=self._soft_limit,
                 mapped=self._n(ExtentState.MAPPED),
                 mapping=self._n(ExtentState.MAPPING),
                 unmapping=self._n(ExtentState.UNMAPPING),
@@ -142,11 +156,12 @@ class ElasticKv:
             )
         )
         self._unmap_now = self.parking.begin_unmap(self._plan.shrink)
-        self._plan_activations(
-            lease.limit_bytes, demand, idle=not busy and (self._plan.shrink > 0 or self._is_idle(now))
-        )
         if self._plan.forced:
             self._preempt_until_it_fits(demand.blocks_returning, preempt)
+        if busy:
+            self._cut_activations(lease.limit_bytes, demand)
+        else:
+            self._rest_activations(now)
         self._publish(demand, lease.revision)
 
     def take_moves(self, tokens: int, rows: int) -> KvMoves:
@@ -155,7 +170,7 @@ class ElasticKv:
         grow = max(self._plan.grow, 1) if self._shortage else self._plan.grow
         moves = KvMoves(
             unmap=self._unmap_now + self._aborted,
-            map=self.parking.begin_map(min(grow, self._limit - self._committed)),
+            map=self.parking.begin_map(min(grow, self._soft_limit - self._committed)),
             trim=self._allowance.trim,
             keep=self._allowance.keep,
             tokens=tokens,
@@ -164,11 +179,11 @@ class ElasticKv:
         self.activations.on_step(tokens, rows)
         self._heaps_used |= tokens > 0
         self._plan, self._unmap_now, self._aborted = KvPlan(), [], []
-        if moves.unmap or moves.map:
+        if moves.unmap or moves.map or moves.trim:
             self._sequence += 1
             moves.sequence = self._sequence
-            self._flights[moves.sequence] = _Flight(moves, [])
-        self._publish_committed()
+            self._flights[moves.sequence] = _Flight(moves, self._before, [])
+        self._publish_committed(self._activation_bytes)
         return moves
 
     def on_acks(self, acks: Iterable[KvAck]) -> None:
@@ -199,7 +214,7 @@ class ElasticKv:
         now = self._clock()
         if now < self._map_retry_at:
             return False
-        if self._committed < self._limit and self._n(ExtentState.PARKED):
+        if self._committed < self._soft_limit and self._n(ExtentState.PARKED):
             self._shortage = True
             return True
         self._over_since = self._over_since or now
@@ -238,25 +253,57 @@ class ElasticKv:
         left = max(limit_bytes - least, min(limit_bytes, self._settings.kv_guarantee_bytes))
         return (left if self._settings.charge_activations else limit_bytes) // self._extent_bytes
 
-    def _plan_activations(self, limit_bytes: int, demand: StepDemand, idle: bool) -> None:
-        """KV memory goes first; the step's tokens get what is left, and an engine with nothing to do keeps nothing."""
-        spare = 1 if self._committed + self._plan.grow < self._limit else 0  # a shortage may map one extent more
-        room = limit_bytes - (self._committed + self._plan.grow + spare) * self._extent_bytes
-        if idle:
-            self._allowance = StepAllowance(0, trim=self._heaps_used, keep=False)
-            self.activations.on_trim()
-        elif self._settings.charge_activations:
-            self._allowance = self.activations.allow(
-                room, demand.tokens_wanted, demand.tokens_least, demand.rows, self._clock()
-            )
-        else:
-            self._allowance = StepAllowance(max(demand.tokens_least, demand.tokens_wanted), trim=False, keep=True)
+    def _plan_activations(self, limit_bytes: int, demand: StepDemand, now: float) -> None:
+        """The largest step whose KV memory and activations fit the lease together. KV memory that the step does not
+        need, kept for later steps and as prefix cache, gives way to its tokens; memory in use does not."""
+        least, wanted = demand.tokens_least, max(demand.tokens_least, demand.tokens_wanted)
+        if not self._settings.charge_activations:
+            self._allowance = StepAllowance(wanted, 0, trim=False, keep=True)
+            return
+
+        def room(tokens: int) -> int:
+            needed = min(demand.blocks_wanted, demand.rows + -(-tokens // self._block_tokens))
+            return limit_bytes - self._extents_for(needed) * self._extent_bytes
+
+        held = max(self._wanted, self._n(ExtentState.MAPPED) + self._n(ExtentState.MAPPING))
+        spare = limit_bytes - held * self._extent_bytes
+        self._allowance = self.activations.allow(room, spare, wanted, least, demand.rows, now)
+        if self._allowance.tokens > least:
+            left = (limit_bytes - self._allowance.charged_bytes) // self._extent_bytes
+            self._soft_limit = min(self._limit, max(left, self._rest))
+
+    def _cut_activations(self, limit_bytes: int, demand: StepDemand) -> None:
+        """Where blocks in use have kept more KV memory mapped than planned, the step gets fewer tokens."""
+        if self._settings.charge_activations:
+            room = limit_bytes - self._kv_bytes()
+            self._allowance = self.activations.cut(self._allowance, room, demand.tokens_least, demand.rows)
         if self._allowance.trim:
             self._heaps_used = False
 
+    def _rest_activations(self, now: float) -> None:
+        """An engine with nothing to do gives its activations back with its KV memory."""
+        rest = self._plan.shrink > 0 or self._is_idle(now)
+        self._allowance = StepAllowance(0, 0, trim=rest and self._heaps_used, keep=self._allowance.keep and not rest)
+        if rest:
+            self.activations.on_trim()
+            self._heaps_used = False
+
+    def _extents_for(self, more_blocks: int) -> int:
+        """Extents that hold the blocks in use, the null block and so many more."""
+        return -(-(self.parking.used_blocks + 1 + more_blocks) // self._extents.blocks_per_extent)
+
+    def _kv_bytes(self) -> int:
+        """KV memory when the moves in flight, and those of the coming step so far, have been made."""
+        going = sum(len(flight.moves.unmap) for flight in self._flights.values())
+        return (self._committed + self._plan.grow - going - len(self._unmap_now)) * self._extent_bytes
+
+    @property
+    def _activation_bytes(self) -> int:
+        return self.activations.charged_bytes if self._settings.charge_activations else 0
+
     def _preempt_until_it_fits(self, blocks_returning: int, preempt: Callable[[], int]) -> None:
         """The lease is below what requests use: preempt until enough extents are, or are about to be, free."""
-        missing = self._plan.shrink - len(self._unmap_now)
+        missing = self._plan.forced - len(self._unmap_now)
         while missing - blocks_returning // self._extents.blocks_per_extent > 0:
             returning = preempt()
             if returning < 0:
@@ -283,22 +330,26 @@ class ElasticKv:
             self.parking.finish_map(moves.map)
             self._count_move(EngineWord.INFLATE_COUNT, EngineWord.INFLATE_BYTES, len(moves.map))
         self._add(EngineWord.MOVE_NS, nanoseconds)
-        self._publish_committed()
+        self._before = _Holding(0, 0)
+        self._publish_committed(self._activation_bytes)
 
     def _count_move(self, count: EngineWord, moved_bytes: EngineWord, extents: int) -> None:
         self._add(count, 1)
         self._add(moved_bytes, extents * self._extent_bytes)
 
-    def _publish_committed(self, growing: int = 0) -> None:
-        activations = self.activations.charged_bytes if self._settings.charge_activations else 0
-        self.row.set(EngineWord.ACTIVATION_BYTES, activations)
+    def _publish_committed(self, activation_bytes: int) -> None:
+        """The most that can be held until the newest step has run. A worker unmaps before it maps and before the
+        forward, so the activations of a step and the memory that made room for them are never held together."""
+        after = _Holding(self._kv_bytes(), activation_bytes)
+        most = max([after, self._before, *(flight.before for flight in self._flights.values())], key=sum)
+        self.row.set(EngineWord.ACTIVATION_BYTES, most.activation_bytes)
         self.row.set(EngineWord.ACTIVATION_HELD_BYTES, self.activations.held_bytes)
-        self.row.set(EngineWord.COMMITTED_BYTES, (self._committed + growing) * self._extent_bytes + activations)
+        self.row.set(EngineWord.COMMITTED_BYTES, sum(most))
 
     def _add(self, word: EngineWord, value: int) -> None:
         self.row.set(word, self.row.get(word) + value)
 
-    def _appear(self, handshakes: list[KvHandshake], block_tokens: int) -> None:
+    def _appear(self, handshakes: list[KvHandshake]) -> None:
         """First words on the board; the process id comes last, because it makes the row live."""
         row = self.row
         for i, handshake in enumerate(handshakes[:MAX_WORKERS]):
@@ -306,7 +357,7 @@ class ElasticKv:
             row.set(EngineWord.WORKER_FD_0 + i, handshake.memory_fd)
         row.set(EngineWord.WORKER_COUNT, min(self._ranks, MAX_WORKERS))
         row.set(EngineWord.BLOCK_BYTES, self._extent_bytes // self._extents.blocks_per_extent)
-        row.set(EngineWord.BLOCK_TOKENS, block_tokens)
+        row.set(EngineWord.BLOCK_TOKENS, self._block_tokens)
         row.set(EngineWord.BLOCKS_CEILING, self._blocks_ceiling)
         row.set(EngineWord.REST_BYTES, self._rest * self._extent_bytes)
         self._publish(_NOTHING, row.lease.revision)
@@ -323,7 +374,8 @@ class ElasticKv:
         """This step's numbers. COMMITTED_BYTES goes before APPLIED_REVISION: whoever sees the revision acknowledged
         sees a commitment that obeys it or is shrinking to it."""
         row, block_bytes = self.row, self._extent_bytes // self._extents.blocks_per_extent
-        self._publish_committed(self._plan.grow)
+        busy = bool(demand.running or demand.waiting)
+        self._publish_committed(self._allowance.charged_bytes if busy else self._activation_bytes)
         row.set(EngineWord.USED_BYTES, self.parking.used_blocks * block_bytes)
         charged = self._settings.charge_activations
         step_bytes = self.activations.bytes_for(demand.tokens_wanted, demand.rows) if charged else 0
@@ -331,7 +383,7 @@ class ElasticKv:
         row.set(EngineWord.TOKEN_BUDGET, self._allowance.tokens)
         row.set(EngineWord.RUNNING, demand.running)
         row.set(EngineWord.WAITING, demand.waiting)
-        row.set(EngineWord.BUSY, int(bool(demand.running or demand.waiting)))
+        row.set(EngineWord.BUSY, int(busy))
         row.set(EngineWord.PREEMPTIONS, demand.preemptions)
         row.set(EngineWord.BLOCKS_MAPPED, self.parking.mapped_blocks)
         row.set(EngineWord.STEPS, row.get(EngineWord.STEPS) + 1)

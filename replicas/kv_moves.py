@@ -19,7 +19,7 @@ from replicas.activation_ledger import ActivationSample
 
 @dataclass
 class KvMoves(KVConnectorMetadata):
-    """Extents to unmap and then to map. ``sequence`` is 0 for a step that moves none.
+    """Extents to unmap and then to map. ``sequence`` is 0 for a step that neither moves any nor trims.
 
     ``trim`` gives the memory of past activations back first; ``keep`` lets the heap keep this step's. ``tokens`` and
     ``rows`` are those of the step.

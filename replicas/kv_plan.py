@@ -9,6 +9,8 @@ class KvState:
 
     Attributes:
         limit: extents the lease allows; ``committed`` may exceed it only while a shrink is under way.
+        soft_limit: extents beside the activations of the coming step, at most ``limit``: free blocks make room for
+            them, blocks in use do not.
         mapped, mapping, unmapping: extents usable now; asked for; being given back.
         wanted: extents that running and waiting requests and the reserve could use.
         rest: extents an idle engine keeps.
@@ -17,6 +19,7 @@ class KvState:
     """
 
     limit: int
+    soft_limit: int
     mapped: int
     mapping: int
     unmapping: int
@@ -32,22 +35,22 @@ class KvState:
 
 @dataclass(frozen=True)
 class KvPlan:
-    """Extents to map and to unmap; ``forced`` when the lease demands it, so that even used blocks must go."""
+    """Extents to map and to unmap; of the latter ``forced`` must go even where their blocks are in use."""
 
     grow: int = 0
     shrink: int = 0
-    forced: bool = False
+    forced: int = 0
 
 
 def plan_moves(state: KvState) -> KvPlan:
-    """Obey the lease first, then demand, then idleness. Never plans to hold more than ``limit``."""
-    excess = state.mapped + state.mapping - state.limit
-    if excess > 0:
-        return KvPlan(shrink=excess, forced=True)
+    """Obey the lease first, then demand, then idleness. Never plans to grow beyond ``soft_limit``."""
+    held = state.mapped + state.mapping
+    if held > state.soft_limit:
+        return KvPlan(shrink=held - state.soft_limit, forced=max(0, held - state.limit))
     if state.idle and state.mapping == 0 and state.mapped > state.rest:
         return KvPlan(shrink=state.mapped - state.rest)
-    missing = state.wanted - state.mapped - state.mapping
-    room = state.limit - state.committed
+    missing = state.wanted - held
+    room = state.soft_limit - state.committed
     grow = min(missing, room, state.batch)
     return KvPlan(grow=grow) if grow > 0 else KvPlan()
 

@@ -136,11 +136,11 @@ async def predicted_and_real_peaks_agree(e: LocalEngine) -> None:
         e.set_limit(26 * BLOCK_BYTES)  # room for the KV cache and the step, but not for a heap that keeps it
         prompt = [rng.randrange(1000, 40000) for _ in range(tokens)]
         answer = asyncio.create_task(e.generate(prompt, 1, f"peak-{number}"))
-        charged = 0
+        charged = real = 0
         while not answer.done():
             charged = max(charged, e.word(EngineWord.ACTIVATION_BYTES))
+            real = max(real, peak_anonymous_bytes(worker) - at_rest)
             await asyncio.sleep(0.005)
-        real = peak_anonymous_bytes(worker) - at_rest
     assert real <= charged <= 1.25 * real, f"{charged} bytes charged for a peak of {real}"
 
 
@@ -149,7 +149,7 @@ def anonymous_bytes(process: psutil.Process) -> int:
 
 
 def peak_anonymous_bytes(process: psutil.Process) -> int:
-    """Since the engine last reset the peak, at the start of its last step."""
+    """Since the engine last reset the peak, at the start of a step."""
     status = status_kib(process)
     return (status["VmHWM"] - status["RssFile"] - status["RssShmem"]) * 1024
 

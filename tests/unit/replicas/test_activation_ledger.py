@@ -2,7 +2,7 @@
 
 import pytest
 
-from replicas.activation_ledger import ActivationLedger, ActivationSample
+from replicas.activation_ledger import ActivationLedger, ActivationSample, StepAllowance
 
 TOKEN, ROW = 1000, 500
 
@@ -15,20 +15,43 @@ def ledger(ranks: int = 1) -> ActivationLedger:
     return made
 
 
+def allow(one: ActivationLedger, room: int, wanted: int, least: int = 1, now: float = 0.0) -> StepAllowance:
+    """A step of one row, with the same room whatever its tokens."""
+    return one.allow(lambda tokens: room, room, wanted, least, 1, now)
+
+
 def test_the_first_steps_are_exact_whatever_the_room() -> None:
     """Only such steps teach what a step needs."""
     fresh = ActivationLedger(TOKEN, ROW, 1)
-    assert not fresh.allow(1 << 40, wanted=100, least=1, rows=1, now=0.0).keep
+    assert not allow(fresh, 1 << 40, 100, 1, 0.0).keep
     fresh.observe(ActivationSample(100, 1, False, 100 * TOKEN, 0))
-    assert fresh.allow(1 << 40, wanted=100, least=1, rows=1, now=0.1).keep
+    assert allow(fresh, 1 << 40, 100, 1, 0.1).keep
 
 
 def test_a_tight_step_gets_what_fits_and_at_least_the_decodes() -> None:
     one = ledger()
     room = one.bytes_for(300, 1)
-    assert one.allow(room, wanted=1000, least=8, rows=1, now=0.0).tokens == 300
-    assert one.allow(0, wanted=1000, least=8, rows=1, now=0.0).tokens == 8
-    assert one.allow(-5, wanted=1000, least=8, rows=1, now=0.0).tokens == 8
+    assert allow(one, room, 1000, 8, 0.0).tokens == 300
+    assert allow(one, 0, 1000, 8, 0.0).tokens == 8
+    assert allow(one, -5, 1000, 8, 0.0).tokens == 8
+
+
+def test_kv_memory_and_tokens_share_the_room() -> None:
+    """The largest step of which both fit: here each token takes as much KV memory as activations."""
+    one = ledger()
+    lease = 2 * one.bytes_for(500, 1)
+    allowance = one.allow(lambda tokens: lease - one.bytes_for(tokens, 1), 0, 1000, 1, 1, 0.0)
+    assert allowance.tokens == 500
+    assert allowance.charged_bytes == one.bytes_for(500, 1)
+
+
+def test_a_step_is_cut_to_the_room_that_was_found() -> None:
+    one = ledger()
+    planned = allow(one, one.bytes_for(500, 1), 1000)
+    cut = one.cut(planned, one.bytes_for(200, 1), least=8, rows=1)
+    assert (cut.tokens, cut.charged_bytes) == (200, one.bytes_for(200, 1))
+    assert one.cut(planned, 0, least=8, rows=1).tokens == 8
+    assert one.cut(planned, one.bytes_for(900, 1), least=8, rows=1) == planned
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -39,7 +62,7 @@ def test_bytes_count_over_all_ranks(ranks: int) -> None:
 def test_kept_activations_are_charged_as_measured() -> None:
     """By the estimate until the step is reported, by what the heap holds afterwards, and not again by smaller steps."""
     one = ledger()
-    assert one.allow(1 << 30, wanted=500, least=1, rows=1, now=0.0).keep
+    assert allow(one, 1 << 30, 500, 1, 0.0).keep
     one.on_step(500, 1)
     assert one.charged_bytes >= 2 * 500 * TOKEN
     one.on_step(1, 1)
@@ -52,18 +75,18 @@ def test_kept_activations_are_charged_as_measured() -> None:
 def test_leaving_the_kept_way_trims_once_and_lasts() -> None:
     """The charge goes with the trim; a moment of room does not bring the kept way back."""
     one = ledger()
-    one.allow(1 << 30, wanted=500, least=1, rows=1, now=0.0)
+    allow(one, 1 << 30, 500, 1, 0.0)
     one.on_step(500, 1)
     one.observe(ActivationSample(500, 1, True, 900_000, 900_000))
-    tight = one.allow(600_000, wanted=500, least=1, rows=1, now=1.0)
+    tight = allow(one, 600_000, 500, 1, 1.0)
     assert tight.trim
     assert not tight.keep
     assert one.charged_bytes == 0
     one.on_step(500, 1)
     assert 500 * TOKEN <= one.charged_bytes <= 600_000
-    again = one.allow(1 << 30, wanted=500, least=1, rows=1, now=1.5)
+    again = allow(one, 1 << 30, 500, 1, 1.5)
     assert (again.trim, again.keep) == (False, False)
-    assert one.allow(1 << 30, wanted=500, least=1, rows=1, now=3.5).keep
+    assert allow(one, 1 << 30, 500, 1, 3.5).keep
 
 
 def test_steps_that_the_heap_kept_teach_nothing() -> None:

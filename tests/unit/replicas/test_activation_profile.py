@@ -12,7 +12,6 @@ def test_without_observations_the_prior_counts() -> None:
     profile = ActivationProfile(1000)
     assert profile.bytes_for(0) == 0
     assert profile.bytes_for(7) == 7000
-    assert profile.tokens_within(7999, 100) == 7
 
 
 @given(OBSERVATIONS)
@@ -32,16 +31,6 @@ def test_more_tokens_never_need_less(observations: list[tuple[int, int]], asked:
         profile.observe(tokens, peak)
     estimates = [profile.bytes_for(tokens) for tokens in sorted(asked)]
     assert estimates == sorted(estimates)
-
-
-@given(OBSERVATIONS, st.integers(0, 1 << 33), st.integers(0, 20000))
-def test_the_inverse_is_the_largest_that_fits(observations: list[tuple[int, int]], limit: int, most: int) -> None:
-    profile = ActivationProfile(1)
-    for tokens, peak in observations:
-        profile.observe(tokens, peak)
-    tokens = profile.tokens_within(limit, most)
-    assert tokens == 0 or profile.bytes_for(tokens) <= limit
-    assert tokens == most or profile.bytes_for(tokens + 1) > limit
 
 
 @given(

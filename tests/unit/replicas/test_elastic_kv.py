@@ -211,6 +211,7 @@ def test_an_idle_engine_has_no_activations(world: World) -> None:
     world.now += 10.0
     assert world.kv.has_work()
     assert world.step().trim
+    world.answer()
     assert world.board.row(0).get(EngineWord.ACTIVATION_BYTES) == 0
     assert not world.kv.has_work()
 
@@ -238,13 +239,26 @@ def test_activations_that_are_not_charged_bound_nothing(tmp_path: Path) -> None:
 
 
 def test_a_step_gets_the_tokens_that_kv_memory_leaves_room_for(tight: World) -> None:
-    """Many with memory to spare, few when KV memory needs it, never fewer than the running requests need."""
+    """Many with memory to spare, few when blocks in use leave little, never fewer than the running requests need."""
     tight.step(tokens=1000, least=4)
-    assert 90 <= tight.kv.token_budget <= 110  # one extent is mapped, one may be
+    assert 90 <= tight.kv.token_budget <= 115  # beside the null block
     tight.settle(wanted=10)
+    tight.requests = [tight.pool.get_new_blocks(9)]
+    tight.step(tokens=1000, least=4)
+    assert 14 <= tight.kv.token_budget <= 20
     tight.step(wanted=10, tokens=1000, least=4)
-    assert 4 <= tight.kv.token_budget <= 10
-    assert tight.board.row(0).get(EngineWord.COMMITTED_BYTES) <= 12 * tight.extent_bytes
+    assert tight.kv.token_budget == 4
+    assert tight.committed_bytes <= 12 * tight.extent_bytes
+
+
+def test_free_blocks_make_room_for_the_tokens_of_a_step(tight: World) -> None:
+    """Mapped ahead or kept as prefix cache, they go before a prefill gets fewer tokens; blocks in use stay."""
+    tight.settle(wanted=10)
+    tight.requests = [tight.pool.get_new_blocks(2)]
+    moves = tight.step(wanted=3, tokens=50, least=4)
+    assert tight.kv.token_budget == 50
+    assert len(moves.unmap) == 4  # of 11 mapped, 7 leave room for 50 tokens
+    assert tight.committed_bytes <= 12 * tight.extent_bytes
 
 
 def test_kv_memory_takes_the_room_of_past_activations(tight: World) -> None:
