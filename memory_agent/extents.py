@@ -54,6 +54,11 @@ class KvGeometry:
     num_blocks: int
     regions: tuple[KvRegion, ...]
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers, where no regions overlay each other."""
+        return sum(region.layers * region.page_bytes for region in self.regions)
+
     def __post_init__(self) -> None:
         if self.num_blocks <= 0 or not self.regions:
             raise SettingsError(f"a KV cache of {self.num_blocks} blocks in {len(self.regions)} regions has no extents")

@@ -82,6 +82,10 @@ class HostBuffer:
         """Slots that hold or await a block. Above ``logical_slots`` only while nothing of it can be evicted."""
         return len(self._entries)
 
+    def __contains__(self, key: object) -> bool:
+        """Whether the block is stored, or being stored."""
+        return key in self._entries
+
     def match_prefix(self, keys: Sequence[bytes], again: bool = False) -> int:
         """How many leading keys are stored. Changes nothing but the counts of hits and misses.
 
@@ -160,12 +164,15 @@ class HostBuffer:
         """Forget stored blocks that turned out damaged; pinned ones are found no more and leave with their last pin."""
         for key in keys:
             entry = self._entries.get(key)
-            if entry is None or not entry.stored or entry.lost:
-                continue
-            self.counts.discarded += 1
-            entry.lost = True
-            if not entry.pins:
-                self._free(key)
+            if entry is not None and entry.stored and not entry.lost:
+                self.counts.discarded += 1
+                self._lose(key, entry)
+
+    def clear(self) -> None:
+        """Forget every stored block; pinned ones are found no more and leave with their last pin."""
+        for key, entry in list(self._entries.items()):
+            if entry.stored and not entry.lost:
+                self._lose(key, entry)
 
     def set_logical_slots(self, logical_slots: int) -> None:
         """Let at most this many slots be taken. Evicts down to it now; what is pinned or being written leaves when it
@@ -192,6 +199,11 @@ class HostBuffer:
             raise ContractViolation(f"{len(idle)} blocks are stored and unpinned, {len(self._evictable)} evictable")
         if self._evictable and len(self._entries) > self._logical_slots:
             raise ContractViolation(f"{len(self._entries)} slots are taken of {self._logical_slots}, some evictable")
+
+    def _lose(self, key: bytes, entry: _Entry) -> None:
+        entry.lost = True
+        if not entry.pins:
+            self._free(key)
 
     def _each(self, keys: Sequence[bytes], stored: bool) -> list[_Entry]:
         """The entries of these keys. Raises ContractViolation for one that is missing, in the other state or double."""

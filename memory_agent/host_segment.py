@@ -54,6 +54,11 @@ _SLOT_HEADER = struct.Struct("=Q32sQQ")
 _GENERATION, _KEY, _LENGTH, _CHECKSUM = 0, 1, 5, 6  # words of a slot's header
 
 
+def host_segment_path(board: Path, row: int, rank: int) -> Path:
+    """The segment of worker ``rank`` of the engine in ``row`` lies beside its lease board, on the same node."""
+    return board.with_name(f"{board.stem}-host{row}-{rank}")
+
+
 class SegmentError(MemoryError_):
     """The host segment cannot be used: missing, foreign, of another version, or another process writes it."""
 

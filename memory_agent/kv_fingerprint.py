@@ -69,6 +69,12 @@ def block_key(fingerprint: bytes, block_hash: bytes) -> bytes:
     return hashlib.sha256(fingerprint + block_hash).digest()
 
 
+def model_identity(model: str) -> str:
+    """Which model an engine was given: of a local folder its ``weights_identity``, of a hub id that name."""
+    folder = Path(model)
+    return weights_identity(folder) if folder.is_dir() else model
+
+
 def weights_identity(folder: Path) -> str:
     """Which model lies in ``folder``: a sha256, in hexadecimal, over the content of its weights and settings.
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from memory_agent.errors import BoardError
 
 MAGIC = 0x454C4C4D_424F4152  # "ELLMBOAR"
-VERSION = 2
+VERSION = 3
 LIMIT_UNIT_BYTES = 64 * 1024
 MAX_ROWS = 32
 MAX_WORKERS = 8
@@ -131,6 +131,18 @@ class EngineWord(IntEnum):
     """WORKER_PID_0 + i: process id of worker i, up to MAX_WORKERS."""
     WORKER_FD_0 = 61 + MAX_WORKERS
     """WORKER_FD_0 + i: number, in worker i, of the file descriptor that backs its KV memory."""
+    HOST_BYTES = 88
+    """Bytes of the host buffer's slots that are taken, over all workers."""
+    HOST_STORED_BLOCKS = 89
+    """Since the start: blocks written to the host buffer."""
+    HOST_LOADED_BLOCKS = 90
+    """Since the start: blocks that came back from it instead of being computed again."""
+    HOST_DECLINED_BLOCKS = 91
+    """Since the start: blocks that were not moved, either way, because computing them again is cheaper."""
+    HOST_EVICTED_BLOCKS = 92
+    """Since the start: blocks that had to leave the host buffer for others."""
+    HOST_DAMAGED_BLOCKS = 93
+    """Since the start: blocks that were not found whole, and were computed again."""
 
 
 @dataclass(frozen=True)

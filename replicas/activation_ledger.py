@@ -23,7 +23,7 @@ _CALM_S = 2.0
 @dataclass(frozen=True)
 class ActivationSample:
     """What one step took on one worker: its tokens, the requests in it, whether the heap kept freed buffers, the peak
-    in the step, and what the heap holds after it."""
+    in the step, and what the heap holds after it. An exact step's peak is on top of what it found."""
 
     tokens: int
     rows: int
@@ -97,21 +97,25 @@ class ActivationLedger:
         if trim:
             self.on_trim()
         tokens = self._most_tokens(room, least, wanted, rows)
-        return StepAllowance(tokens, self.bytes_for(tokens, rows), trim, keep=False)
+        return StepAllowance(tokens, self._exact_bytes(tokens, rows), trim, keep=False)
 
     def cut(self, allowance: StepAllowance, room_bytes: int, least: int, rows: int) -> StepAllowance:
         """The same step with no more tokens than fit ``room_bytes``, but for ``least``. A kept step stays as it is."""
         if allowance.keep or allowance.charged_bytes <= room_bytes:
             return allowance
         tokens = self._most_tokens(lambda _: room_bytes, least, allowance.tokens, rows)
-        return replace(allowance, tokens=tokens, charged_bytes=self.bytes_for(tokens, rows))
+        return replace(allowance, tokens=tokens, charged_bytes=self._exact_bytes(tokens, rows))
+
+    def _exact_bytes(self, tokens: int, rows: int) -> int:
+        """What an exact step may hold: its own, and what steps before it have left."""
+        return self.held_bytes + self.bytes_for(tokens, rows)
 
     def _most_tokens(self, room: Callable[[int], int], least: int, most: int, rows: int) -> int:
         """The largest step from ``least`` to ``most`` tokens that finds room; ``least`` where none does."""
         low, high = least, most
         while low < high:
             middle = (low + high + 1) // 2
-            if self.bytes_for(middle, rows) <= room(middle):
+            if self._exact_bytes(middle, rows) <= room(middle):
                 low = middle
             else:
                 high = middle - 1
@@ -126,6 +130,7 @@ class ActivationLedger:
             self._largest_kept = max(self._largest_kept, expected // _KEPT_OVER_EXACT)
         else:
             self._unmeasured.append(0)
+            expected += self.held_bytes
         self._unmeasured.append(expected)
 
     def on_trim(self) -> None:
@@ -136,6 +141,8 @@ class ActivationLedger:
     def observe(self, sample: ActivationSample) -> None:
         """Learn from a step. The peak of an exact one belongs to the curve that expected more; a step of decodes alone
         is all logits."""
+        if sample.kept != self._keep:
+            return  # a trim has come between
         self.held_bytes = self._ranks * sample.held_bytes
         if sample.kept:
             return

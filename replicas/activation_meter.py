@@ -4,7 +4,8 @@ from memory_agent.heap import HeapProbe, keep_freed
 from replicas.activation_ledger import ActivationSample
 
 _LEFT_BYTES = 1 << 20
-"""An exact step that leaves more than this on the heap has found room there that an earlier step had left."""
+"""An exact step that leaves more than this on the heap has found room there that an earlier step had left: the heap is
+trimmed, so that the next one takes what it needs and no more."""
 
 
 class ActivationMeter:
@@ -18,6 +19,8 @@ class ActivationMeter:
         keep_freed(self._keeps)
         self._probe = HeapProbe()
         self._tokens = self._rows = 0
+        self._left = 0
+        """What exact steps have left that no trim gave back, since the last ``trim``."""
 
     def start_step(self, tokens: int, rows: int, keep: bool) -> None:
         """The forward of a step with so many tokens of so many requests comes next. ``keep``: the heap keeps what it
@@ -37,9 +40,14 @@ class ActivationMeter:
         use = self._probe.read()
         peak, held = use.peak_bytes, use.held_bytes
         if not self._keeps and held > _LEFT_BYTES:
-            peak, held = max(0, peak - self._probe.trim()), 0
+            stays = self._probe.trim()
+            self._left += stays
+            peak, held = max(0, peak - stays), 0
+        if not self._keeps:
+            held += self._left
         return [ActivationSample(tokens, self._rows, self._keeps, peak, held)]
 
     def trim(self) -> None:
-        """Give back what past steps left."""
+        """Give back what past steps left; what cannot be given back is not counted as theirs any more."""
         self._probe.trim()
+        self._left = 0

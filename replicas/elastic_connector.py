@@ -4,9 +4,11 @@ Through vLLM's connector interface it provides the memory under the KV tensor (w
 the blocks that have no memory (scheduler, after the handshake), and carries moves and acknowledgements between both.
 """
 
+import logging
 import os
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -16,26 +18,36 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
+from memory_agent.extents import KvGeometry
+from memory_agent.host_segment import HostSegment, host_segment_path
+from memory_agent.kv_fingerprint import KvFingerprint
+from replicas.activation_ledger import ActivationSample
 from replicas.activation_meter import ActivationMeter
 from replicas.elastic_kv import ElasticKv
 from replicas.elastic_settings import ElasticSettings
+from replicas.host_copies import HostCopies
+from replicas.host_tier import HostTier
 from replicas.kv_geometry import kv_geometry
 from replicas.kv_memory import KvMemory
-from replicas.kv_moves import KvAcks, KvHandshake, KvMoves
+from replicas.kv_moves import KvAck, KvAcks, KvHandshake, KvMoves
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
+logger = logging.getLogger(__name__)
+
 
 class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
-    """See the module. It never loads or saves KV of its own: every request misses here."""
+    """See the module. With a host buffer, KV blocks that leave the device come back through it too."""
 
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -45,7 +57,12 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._geometry = kv_geometry(kv_cache_config)
         self._memory: KvMemory | None = None
         self._kv: ElasticKv | None = None
-        self._answer: KvAcks | None = None
+        self._acks: list[KvAck] = []
+        self._samples: list[ActivationSample] = []
+        self._host_slots = self._slots(kv_cache_config)
+        self._fingerprint = partial(_fingerprint, vllm_config, self._geometry, self.settings.weights_identity)
+        self.host: HostTier | None = None
+        self._copies: HostCopies | None = None
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -61,6 +78,8 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata:
         memory = self._worker_memory
         memory.require_adopted()
+        if self._host_slots and self._copies is None:
+            self._copies = HostCopies(self._make_segment(), memory.block_parts)
         return KvHandshake(
             pid=os.getpid(), memory_fd=memory.fd, chunk_bytes=memory.chunk_bytes, mapped_extents=sorted(memory.mapped)
         )
@@ -70,28 +89,41 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         earlier steps have finished, because a worker runs its steps in order."""
         assert isinstance(kv_connector_metadata, KvMoves)
         moves = kv_connector_metadata
-        samples = self._activations.finish_step()
+        self._samples = self._activations.finish_step()
         if moves.trim:
             self._activations.trim()
-        acks = [self._worker_memory.apply(moves)] if moves.sequence else []
+        if self._copies is not None:
+            self._copies.store(moves.host)
+        self._acks = [self._worker_memory.apply(moves)] if moves.sequence else []
+        if self._copies is not None:
+            self._copies.load(moves.host)
+            self._copies.start_forward(moves.tokens, moves.rows)
         self._activations.start_step(moves.tokens, moves.rows, moves.keep)
-        self._answer = KvAcks(acks, samples) if acks or samples else None
 
     def build_connector_worker_meta(self) -> KvAcks | None:
-        answer, self._answer = self._answer, None
-        return answer
+        report = self._copies.finish() if self._copies is not None else None
+        answer = KvAcks(self._acks, self._samples, [report] if report is not None else [])
+        self._acks, self._samples = [], []
+        return answer if answer.acks or answer.activations or answer.host else None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._copies.take_invalid_blocks() if self._copies is not None else set()
+
+    def shutdown(self) -> None:
+        if self._copies is not None:
+            self._copies.close()
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
-        """Nothing to load."""
+        """Loaded before the forward, with the step's moves."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to load."""
+        """Loaded before the forward, with the step's moves."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing to save."""
+        """Stored when a block leaves the device, not when it is computed."""
 
     def wait_for_save(self) -> None:
-        """Nothing to save."""
+        """Stored when a block leaves the device, not when it is computed."""
 
     # -- scheduler ----------------------------------------------------------------------------------------------------
 
@@ -107,37 +139,81 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         assert self._kv_cache_manager is not None
         handshakes = [h for _, h in sorted(metadata.items()) if isinstance(h, KvHandshake)]
-        self._kv = ElasticKv(
-            self.settings, self._geometry, self._block_tokens, self._kv_cache_manager.block_pool, handshakes
-        )
+        pool = self._kv_cache_manager.block_pool
+        if self._host_slots:
+            self.host = HostTier(
+                pool,
+                self._host_slots,
+                self._geometry.block_bytes,
+                self._block_tokens,
+                self._fingerprint(rank=0).digest,
+                len(handshakes),
+            )
+        on_evict = self.host.evict if self.host is not None else _leave
+        self._kv = ElasticKv(self.settings, self._geometry, self._block_tokens, pool, handshakes, on_evict)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        return self.kv.take_moves(
+        moves = self.kv.take_moves(
             scheduler_output.total_num_scheduled_tokens, len(scheduler_output.num_scheduled_tokens)
         )
+        if self.host is not None:
+            moves.host = self.host.take()
+            self.host.publish(self.kv.row)
+        return moves
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         acks = connector_output.kv_connector_worker_meta
         if isinstance(acks, KvAcks):
             self.kv.on_acks(acks.acks)
             self.kv.on_activations(acks.activations)
+            if self.host is not None:
+                self.host.on_reports(acks.host)
 
     def has_pending_block_frees(self) -> bool:
         return self.kv.waiting_helps()
 
     def has_pending_push_work(self) -> bool:
-        return self._kv is not None and self._kv.has_work()
+        return self._kv is not None and (self._kv.has_work() or (self.host is not None and self.host.busy))
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
-        return 0, False
+        if self.host is None:
+            return 0, False
+        tokens = self.host.match(request.request_id, request.block_hashes, num_computed_tokens, request.num_tokens)
+        return tokens, False
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
-        """Nothing is loaded."""
+        if self.host is not None:
+            self.host.allocate(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
 
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
+        if self.host is not None:
+            self.host.forget(request.request_id)
         return False, None
+
+    def reset_cache(self) -> bool | None:
+        if self.host is not None:
+            self.host.clear()
+        return True
+
+    # -- both ---------------------------------------------------------------------------------------------------------
+
+    def _slots(self, kv_cache_config: "KVCacheConfig") -> int:
+        """Slots of each worker's part of the host buffer; 0 for none."""
+        slots = self.settings.host_buffer_bytes // self._geometry.block_bytes
+        groups = len(kv_cache_config.kv_cache_groups)
+        if slots and groups > 1:
+            logger.warning("no host buffer: this model has %d KV cache groups, one can be kept there", groups)
+            return 0
+        return slots
+
+    def _make_segment(self) -> HostSegment:
+        """This worker's part of the host buffer. A file that an engine before has left in the same row is removed."""
+        rank = get_tensor_model_parallel_rank()
+        path = host_segment_path(Path(self.settings.board_path), self.settings.row, rank)
+        path.unlink(missing_ok=True)
+        return HostSegment.create(path, self._geometry.block_bytes, self._host_slots, self._fingerprint(rank).digest)
 
     @cached_property
     def _activations(self) -> ActivationMeter:
@@ -148,3 +224,19 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self._memory is None:
             raise RuntimeError("vLLM did not ask for the KV memory context: this model's KV cache cannot be elastic")
         return self._memory
+
+
+def _fingerprint(config: "VllmConfig", geometry: KvGeometry, weights: str, rank: int) -> KvFingerprint:
+    return KvFingerprint(
+        weights=weights,
+        dtype=str(config.model_config.dtype),
+        kv_dtype=str(config.cache_config.cache_dtype),
+        block_tokens=config.cache_config.block_size,
+        layout=repr([(region.layers, region.page_bytes) for region in geometry.regions]),
+        tp_rank=rank,
+        tp_size=config.parallel_config.tensor_parallel_size,
+    )
+
+
+def _leave(block: "KVCacheBlock") -> None:
+    """Without a host buffer an evicted block is gone."""

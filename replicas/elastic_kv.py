@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from memory_agent.extents import ExtentMap, KvGeometry
 from memory_agent.lease_board import MAX_WORKERS, AgentWord, EngineWord, LeaseBoard
@@ -86,6 +87,7 @@ class ElasticKv:
         block_tokens: int,
         pool: BlockPool,
         handshakes: list[KvHandshake],
+        on_evict: Callable[[KVCacheBlock], None] = lambda block: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         first = handshakes[0]
@@ -96,7 +98,7 @@ class ElasticKv:
         self._clock = clock
         self._ranks = len(handshakes)
         self._extents = ExtentMap(geometry, first.chunk_bytes)
-        self.parking = KvParking(pool, self._extents, first.mapped_extents)
+        self.parking = KvParking(pool, self._extents, first.mapped_extents, on_evict)
         # All ranks of an engine share the lease of its device.
         self._extent_bytes = self._extents.extent_bytes * self._ranks
         self._blocks_ceiling = geometry.num_blocks

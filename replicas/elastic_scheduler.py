@@ -36,7 +36,10 @@ class _Elastic(Scheduler):
         kv = self._kv
         self._apply_target(kv)
         ahead = self._running_blocks_ahead()
-        kv.begin_step(self._demand(ahead), self._preempt)
+        demand = self._demand(ahead)
+        kv.begin_step(demand, self._preempt)
+        if self._elastic_connector.host is not None:
+            self._elastic_connector.host.watch(demand.blocks_wanted)
         self.max_num_scheduled_tokens = kv.token_budget
         # A request that is admitted now must not take the blocks that running ones need in the next steps: one that
         # finds none holds up all that are scheduled after it.

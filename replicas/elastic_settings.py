@@ -14,6 +14,7 @@ class ElasticSettings:
         kv_guarantee_bytes: KV bytes, over all workers, of one longest request: activations never take these.
         charge_activations: activations count against the lease, and bound the tokens of a step.
         token_bytes, row_bytes: activation bytes of a token and of a request's logits, per worker, until measured.
+        host_buffer_bytes: per worker; 0 for none. weights_identity: which weights computed the KV that lies there.
         idle_release_s: idleness after which the engine shrinks to ``rest_bytes``.
         patience_s: longest wait for a lease that the agent is about to raise, before a request is preempted instead.
         notice_s: time the agent gets to notice a new demand.
@@ -28,6 +29,8 @@ class ElasticSettings:
     charge_activations: bool
     token_bytes: int
     row_bytes: int
+    host_buffer_bytes: int = 0
+    weights_identity: str = ""
     idle_release_s: float = 3.0
     patience_s: float = 1.0
     notice_s: float = 0.15

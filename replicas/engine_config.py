@@ -6,6 +6,7 @@ from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 
+from memory_agent.kv_fingerprint import model_identity
 from replicas.elastic_settings import ElasticSettings
 from replicas.spec import EngineSpec
 
@@ -32,6 +33,7 @@ def build_vllm_config(spec: EngineSpec, board_path: str = "", row: int = 0) -> V
     """
     if not (spec.elastic and board_path):
         return _resolve(build_engine_args(spec), spec)
+    workers = int(spec.engine_args.get("tensor_parallel_size", 1))
     settings = ElasticSettings(
         board_path=board_path,
         row=row,
@@ -40,12 +42,15 @@ def build_vllm_config(spec: EngineSpec, board_path: str = "", row: int = 0) -> V
         charge_activations=spec.charge_activations,
         token_bytes=spec.token_bytes,
         row_bytes=spec.row_bytes,
+        host_buffer_bytes=spec.host_buffer_bytes // workers,
+        weights_identity=model_identity(spec.model_path) if spec.host_buffer_bytes else "",
     )
     transfer = KVTransferConfig(
         kv_connector="ElasticKVConnector",
         kv_connector_module_path="replicas.elastic_connector",
         kv_role="kv_both",
         kv_connector_extra_config=settings.to_extra_config(),
+        kv_load_failure_policy="recompute",
     )
     config = _resolve(build_engine_args(spec, kv_transfer_config=transfer), spec)
     # Chosen after vLLM has settled on synchronous or asynchronous scheduling.

@@ -2,9 +2,12 @@
 
 import ctypes
 import time
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 
 from memory_agent.balloon import Balloon
@@ -70,6 +73,23 @@ class KvMemory:
         self._adopted = True
         buffer = (ctypes.c_int8 * self._geometry.size_bytes).from_address(self._tensor.address)
         return torch.frombuffer(buffer, dtype=torch.int8)
+
+    def block_parts(self, block_id: int) -> list[NDArray[np.uint8]]:
+        """The bytes of a block, writable: for each region its layers, (layers, page bytes). Its extent is mapped."""
+        return [layers[:, block_id] for layers in self._pages]
+
+    @cached_property
+    def _pages(self) -> list[NDArray[np.uint8]]:
+        """For each region (layers, blocks, page bytes)."""
+        buffer = np.ctypeslib.as_array((ctypes.c_uint8 * self._geometry.size_bytes).from_address(self._tensor.address))
+        return [
+            np.lib.stride_tricks.as_strided(
+                buffer[region.offset_bytes :],
+                (region.layers, self._geometry.num_blocks, region.page_bytes),
+                (region.layer_stride_bytes, region.block_stride_bytes, 1),
+            )
+            for region in self._geometry.regions
+        ]
 
     def require_adopted(self) -> None:
         """Raises RuntimeError unless vLLM's KV cache lies on this memory."""

@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from replicas.activation_ledger import ActivationSample
+from replicas.host_moves import HostReport, HostWork
 
 
 @dataclass
@@ -22,7 +23,7 @@ class KvMoves(KVConnectorMetadata):
     """Extents to unmap and then to map. ``sequence`` is 0 for a step that neither moves any nor trims.
 
     ``trim`` gives the memory of past activations back first; ``keep`` lets the heap keep this step's. ``tokens`` and
-    ``rows`` are those of the step.
+    ``rows`` are those of the step. ``host``: copies to and from the host buffer.
     """
 
     sequence: int = 0
@@ -32,6 +33,7 @@ class KvMoves(KVConnectorMetadata):
     keep: bool = False
     tokens: int = 0
     rows: int = 0
+    host: HostWork = field(default_factory=HostWork)
 
 
 @dataclass
@@ -45,14 +47,15 @@ class KvAck:
 
 @dataclass
 class KvAcks(KVConnectorWorkerMetadata):
-    """The answers of all workers to one step, and what the step before it took."""
+    """The answers of all workers to one step, and what the step before it took. ``host`` as in KvMoves."""
 
     acks: list[KvAck]
     activations: list[ActivationSample]
+    host: list[HostReport]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, KvAcks)
-        return KvAcks(self.acks + other.acks, self.activations + other.activations)
+        return KvAcks(self.acks + other.acks, self.activations + other.activations, self.host + other.host)
 
 
 @dataclass

@@ -8,7 +8,7 @@ reference to, taken through the pool's public methods (``touch``, ``free_blocks`
 """
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 
@@ -31,10 +31,18 @@ class KvParking:
     Args:
         pool: a pool of which nothing has been allocated yet.
         mapped: extents that every rank has mapped already; the one of the pool's null block must be among them.
+        on_evict: told each block that is about to lose its memory, with its content.
     """
 
-    def __init__(self, pool: BlockPool, extents: ExtentMap, mapped: Iterable[int]) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        extents: ExtentMap,
+        mapped: Iterable[int],
+        on_evict: Callable[[KVCacheBlock], None] = lambda block: None,
+    ) -> None:
         self._pool = pool
+        self._on_evict = on_evict
         self._extents = extents
         mapped = set(mapped)
         assert extents.extent_of(pool.null_block.block_id) in mapped, "the null block has no memory"
@@ -93,6 +101,8 @@ class KvParking:
         chosen = [extent for _, extent in heapq.nsmallest(count, self._free_extents())] if count > 0 else []
         for extent in chosen:
             blocks = self._blocks(extent)
+            for block in blocks:
+                self._on_evict(block)
             self._pool.evict_blocks({block.block_id for block in blocks})
             self._pool.touch(blocks)
             self._move(extent, ExtentState.MAPPED, ExtentState.UNMAPPING)

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import random
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,7 +18,7 @@ from replicas.local_engine import LocalEngine, local_engine
 from replicas.spec import EngineSpec
 
 BLOCK_BYTES = 30 * 2 * 3 * 64 * 4 * 128  # layers x (K, V) x KV heads x head size x float32 x tokens a block
-REST_BLOCKS, GUARANTEE_BLOCKS, CEILING_BLOCKS = 4, 18, 80
+REST_BLOCKS, GUARANTEE_BLOCKS, CEILING_BLOCKS, HOST_BLOCKS = 4, 18, 80, 60
 TOKENS = 60
 
 
@@ -35,6 +36,7 @@ def spec(elastic: bool, async_scheduling: bool | None = None, charge_activations
         max_num_batched_tokens=1024,
         elastic=elastic,
         charge_activations=charge_activations,
+        host_buffer_bytes=HOST_BLOCKS * BLOCK_BYTES,
         async_scheduling=async_scheduling,
         engine_args={"enforce_eager": True},
     )
@@ -99,6 +101,7 @@ def test_tokens_and_bytes_of_an_elastic_engine(reference: list[list[int]], tmp_p
             async with swinging_limit(e):
                 assert await e.generate_all(prompts(), TOKENS, "swing") == reference
             assert e.word(EngineWord.PREEMPTIONS) > 0
+            assert e.word(EngineWord.HOST_LOADED_BLOCKS) > 0
             assert e.word(EngineWord.DEFLATE_COUNT) > 2
             assert e.word(EngineWord.MAP_FAILURES) == 0
 
@@ -139,24 +142,13 @@ async def predicted_and_real_peaks_agree(e: LocalEngine) -> None:
         charged = real = 0
         while not answer.done():
             charged = max(charged, e.word(EngineWord.ACTIVATION_BYTES))
-            real = max(real, peak_anonymous_bytes(worker) - at_rest)
+            real = max(real, anonymous_bytes(worker) - at_rest)
             await asyncio.sleep(0.005)
     assert real <= charged <= 1.25 * real, f"{charged} bytes charged for a peak of {real}"
 
 
 def anonymous_bytes(process: psutil.Process) -> int:
-    return status_kib(process)["RssAnon"] * 1024
-
-
-def peak_anonymous_bytes(process: psutil.Process) -> int:
-    """Since the engine last reset the peak, at the start of a step."""
-    status = status_kib(process)
-    return (status["VmHWM"] - status["RssFile"] - status["RssShmem"]) * 1024
-
-
-def status_kib(process: psutil.Process) -> dict[str, int]:
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines) if "kB" in value}
+    return int(re.findall(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[0]) * 1024
 
 
 async def growth_takes_few_steps(e: LocalEngine) -> None:
@@ -198,5 +190,7 @@ def test_tokens_with_async_scheduling(reference: list[list[int]], tmp_path: Path
         async with local_engine(forced, tmp_path / "board", engines=2) as e, swinging_limit(e):
             assert await e.generate_all(prompts(), TOKENS, "async") == reference
             assert e.word(EngineWord.PREEMPTIONS) > 0
+            assert e.word(EngineWord.HOST_LOADED_BLOCKS) > 0
 
     asyncio.run(run())
+    assert not list(tmp_path.glob("board-host*"))
