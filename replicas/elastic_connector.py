@@ -90,15 +90,15 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         assert isinstance(kv_connector_metadata, KvMoves)
         moves = kv_connector_metadata
         self._samples = self._activations.finish_step()
-        if moves.trim:
-            self._activations.trim()
+        if moves.rest:
+            self._activations.rest()
         if self._copies is not None:
             self._copies.store(moves.host)
         self._acks = [self._worker_memory.apply(moves)] if moves.sequence else []
         if self._copies is not None:
             self._copies.load(moves.host)
             self._copies.start_forward(moves.tokens, moves.rows)
-        self._activations.start_step(moves.tokens, moves.rows, moves.keep)
+        self._activations.start_step(moves.tokens, moves.rows)
 
     def build_connector_worker_meta(self) -> KvAcks | None:
         report = self._copies.finish() if self._copies is not None else None
@@ -217,7 +217,7 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     @cached_property
     def _activations(self) -> ActivationMeter:
-        return ActivationMeter()
+        return ActivationMeter(self.settings.charge_activations)
 
     @property
     def _worker_memory(self) -> KvMemory:

@@ -118,7 +118,8 @@ class ElasticKv:
         self._map_retry_at = 0.0
         self._idle_since: float | None = clock()
         self.activations = ActivationLedger(settings.token_bytes, settings.row_bytes, self._ranks)
-        self._allowance = StepAllowance(0, 0, trim=False, keep=False)
+        self._allowance = StepAllowance(0, 0)
+        self._rest_now = False
         self._before = _Holding(0, 0)
         self._heaps_used = False
         self._appear(handshakes)
@@ -143,7 +144,7 @@ class ElasticKv:
         self._shortage = False
         self._before = _Holding(self._kv_bytes(), self._activation_bytes)
         if busy:
-            self._plan_activations(lease.limit_bytes, demand, now)
+            self._plan_activations(lease.limit_bytes, demand)
         self._plan = plan_moves(
             KvState(
                 limit=self._limit,
@@ -162,8 +163,10 @@ class ElasticKv:
             self._preempt_until_it_fits(demand.blocks_returning, preempt)
         if busy:
             self._cut_activations(lease.limit_bytes, demand)
-        else:
-            self._rest_activations(now)
+        self._rest_now = not busy and self._heaps_used and (self._plan.shrink > 0 or self._is_idle(now))
+        if self._rest_now:
+            self._heaps_used = False
+            self.activations.on_rest()
         self._publish(demand, lease.revision)
 
     def take_moves(self, tokens: int, rows: int) -> KvMoves:
@@ -173,15 +176,14 @@ class ElasticKv:
         moves = KvMoves(
             unmap=self._unmap_now + self._aborted,
             map=self.parking.begin_map(min(grow, self._soft_limit - self._committed)),
-            trim=self._allowance.trim,
-            keep=self._allowance.keep,
+            rest=self._rest_now,
             tokens=tokens,
             rows=rows,
         )
         self.activations.on_step(tokens, rows)
         self._heaps_used |= tokens > 0
         self._plan, self._unmap_now, self._aborted = KvPlan(), [], []
-        if moves.unmap or moves.map or moves.trim:
+        if moves.unmap or moves.map or moves.rest:
             self._sequence += 1
             moves.sequence = self._sequence
             self._flights[moves.sequence] = _Flight(moves, self._before, [])
@@ -255,21 +257,19 @@ class ElasticKv:
         left = max(limit_bytes - least, min(limit_bytes, self._settings.kv_guarantee_bytes))
         return (left if self._settings.charge_activations else limit_bytes) // self._extent_bytes
 
-    def _plan_activations(self, limit_bytes: int, demand: StepDemand, now: float) -> None:
+    def _plan_activations(self, limit_bytes: int, demand: StepDemand) -> None:
         """The largest step whose KV memory and activations fit the lease together. KV memory that the step does not
         need, kept for later steps and as prefix cache, gives way to its tokens; memory in use does not."""
-        least, wanted = demand.tokens_least, max(demand.tokens_least, demand.tokens_wanted)
+        least, most = demand.tokens_least, max(demand.tokens_least, demand.tokens_wanted)
         if not self._settings.charge_activations:
-            self._allowance = StepAllowance(wanted, 0, trim=False, keep=True)
+            self._allowance = StepAllowance(most, 0)
             return
 
         def room(tokens: int) -> int:
             needed = min(demand.blocks_wanted, demand.rows + -(-tokens // self._block_tokens))
             return limit_bytes - self._extents_for(needed) * self._extent_bytes
 
-        held = max(self._wanted, self._n(ExtentState.MAPPED) + self._n(ExtentState.MAPPING))
-        spare = limit_bytes - held * self._extent_bytes
-        self._allowance = self.activations.allow(room, spare, wanted, least, demand.rows, now)
+        self._allowance = self.activations.allow(room, least, most, demand.rows)
         if self._allowance.tokens > least:
             left = (limit_bytes - self._allowance.charged_bytes) // self._extent_bytes
             self._soft_limit = min(self._limit, max(left, self._rest))
@@ -278,17 +278,8 @@ class ElasticKv:
         """Where blocks in use have kept more KV memory mapped than planned, the step gets fewer tokens."""
         if self._settings.charge_activations:
             room = limit_bytes - self._kv_bytes()
-            self._allowance = self.activations.cut(self._allowance, room, demand.tokens_least, demand.rows)
-        if self._allowance.trim:
-            self._heaps_used = False
-
-    def _rest_activations(self, now: float) -> None:
-        """An engine with nothing to do gives its activations back with its KV memory."""
-        rest = self._plan.shrink > 0 or self._is_idle(now)
-        self._allowance = StepAllowance(0, 0, trim=rest and self._heaps_used, keep=self._allowance.keep and not rest)
-        if rest:
-            self.activations.on_trim()
-            self._heaps_used = False
+            most = self._allowance.tokens
+            self._allowance = self.activations.allow(lambda _: room, demand.tokens_least, most, demand.rows)
 
     def _extents_for(self, more_blocks: int) -> int:
         """Extents that hold the blocks in use, the null block and so many more."""

@@ -20,17 +20,16 @@ from replicas.host_moves import HostReport, HostWork
 
 @dataclass
 class KvMoves(KVConnectorMetadata):
-    """Extents to unmap and then to map. ``sequence`` is 0 for a step that neither moves any nor trims.
+    """Extents to unmap and then to map. ``sequence`` is 0 for a step that neither moves any nor rests.
 
-    ``trim`` gives the memory of past activations back first; ``keep`` lets the heap keep this step's. ``tokens`` and
-    ``rows`` are those of the step. ``host``: copies to and from the host buffer.
+    ``rest`` gives the memory of past activations back. ``tokens`` and ``rows`` are those of the step.
+    ``host``: copies to and from the host buffer.
     """
 
     sequence: int = 0
     unmap: list[int] = field(default_factory=list)
     map: list[int] = field(default_factory=list)
-    trim: bool = False
-    keep: bool = False
+    rest: bool = False
     tokens: int = 0
     rows: int = 0
     host: HostWork = field(default_factory=HostWork)

@@ -194,23 +194,18 @@ def test_an_idle_engine_has_work_until_it_is_at_rest(world: World) -> None:
     assert not world.kv.has_work()
 
 
-def measured(world: World, *tokens: int) -> None:
-    """The workers report exact steps that took what was assumed."""
-    world.kv.on_activations([ActivationSample(n, 1, False, n * TOKEN_BYTES, 0) for n in tokens])
-
-
 def test_an_idle_engine_has_no_activations(world: World) -> None:
     """They stay while there may be a next step, and go back after a while without one."""
     world.set_limit_extents(12)
     world.requests = [[]]
-    assert not world.step(tokens=20).trim
+    assert not world.step(tokens=20).rest
     assert world.board.row(0).get(EngineWord.ACTIVATION_BYTES) >= 20 * TOKEN_BYTES
     world.requests.clear()
-    assert not world.step().trim
+    assert not world.step().rest
     assert not world.kv.has_work()
     world.now += 10.0
     assert world.kv.has_work()
-    assert world.step().trim
+    assert world.step().rest
     world.answer()
     assert world.board.row(0).get(EngineWord.ACTIVATION_BYTES) == 0
     assert not world.kv.has_work()
@@ -224,18 +219,18 @@ def test_activations_that_are_not_charged_bound_nothing(tmp_path: Path) -> None:
     world.settle(wanted=10)
     world.requests = [[]]
     step = world.step(tokens=5000, least=4)
-    assert (world.kv.token_budget, step.keep, step.trim) == (5000, True, False)
+    assert (world.kv.token_budget, step.rest) == (5000, False)
     assert world.board.row(0).get(EngineWord.ACTIVATION_BYTES) == 0
     world.set_limit_extents(6)
-    assert not world.step(tokens=5000).trim  # a shrink under a running request
+    assert not world.step(tokens=5000).rest  # a shrink under a running request
     world.requests.clear()
     world.answer()
-    assert not world.step().trim
+    assert not world.step().rest
     world.set_limit_extents(3)
-    assert world.step().trim
+    assert world.step().rest
     world.answer()
     world.now += 10.0
-    assert not world.step().trim
+    assert not world.step().rest
 
 
 def test_a_step_gets_the_tokens_that_kv_memory_leaves_room_for(tight: World) -> None:
@@ -261,35 +256,11 @@ def test_free_blocks_make_room_for_the_tokens_of_a_step(tight: World) -> None:
     assert tight.committed_bytes <= 12 * tight.extent_bytes
 
 
-def test_kv_memory_takes_the_room_of_past_activations(tight: World) -> None:
-    """With room to spare the heap keeps them; the step that needs the room trims them first."""
-    measured(tight, 8, 64)
-    assert tight.step(tokens=15).keep
-    tight.kv.on_activations([ActivationSample(15, 1, True, 5 * PAGE, 5 * PAGE)])
-    tight.answer()
-    assert tight.step(wanted=1, tokens=1, least=1).keep
-    tight.answer()
-    grown = tight.step(wanted=10, tokens=1, least=1)
-    assert grown.trim
-    assert not grown.keep
-    assert len(grown.map) > 5
-    assert tight.board.row(0).get(EngineWord.COMMITTED_BYTES) <= 12 * tight.extent_bytes
-
-
-def test_the_heap_keeps_activations_again_after_a_calm_while(tight: World) -> None:
-    """Not at once, so that a lease at the edge does not trim in every second step."""
-    measured(tight, 8, 64)
-    assert not tight.step(tokens=80).keep
-    assert not tight.step(tokens=4).keep
-    tight.now += 3.0
-    assert tight.step(tokens=4).keep
-
-
 def test_what_workers_measure_replaces_the_estimate(tight: World) -> None:
     """Steps that take half of what was assumed may have about twice the tokens."""
     tight.step(tokens=1000, least=4)
     before = tight.kv.token_budget
-    tight.kv.on_activations([ActivationSample(tokens, 1, False, tokens * TOKEN_BYTES // 2, 0) for tokens in (8, 64)])
+    tight.kv.on_activations([ActivationSample(tokens, 1, tokens * TOKEN_BYTES // 2, 0) for tokens in (8, 64)])
     tight.step(tokens=1000, least=4)
     assert 1.6 * before < tight.kv.token_budget < 2.1 * before
 
