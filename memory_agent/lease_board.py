@@ -25,7 +25,7 @@ from pathlib import Path
 from memory_agent.errors import BoardError
 
 MAGIC = 0x454C4C4D_424F4152  # "ELLMBOAR"
-VERSION = 2
+VERSION = 3
 LIMIT_UNIT_BYTES = 64 * 1024
 MAX_ROWS = 32
 MAX_WORKERS = 8
@@ -126,6 +126,8 @@ class EngineWord(IntEnum):
     """Measured in the workers after the last step that was reported: what a trim would give back."""
     TOKEN_BUDGET = 57
     """Most tokens of a step that the lease allowed last."""
+    CONSERVATION_FAILURES = 58
+    """Checks of the engine's own books that failed."""
     WORKER_COUNT = 60
     WORKER_PID_0 = 61
     """WORKER_PID_0 + i: process id of worker i, up to MAX_WORKERS."""
