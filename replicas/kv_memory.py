@@ -13,6 +13,7 @@ from memory_agent.errors import MemoryError_
 from memory_agent.extents import ExtentMap, KvGeometry, choose_chunk_bytes
 from memory_agent.host_vmm import HostVmm
 from memory_agent.virtual_tensor import VirtualTensor
+from memory_agent.vmm import ContractViolation
 from replicas.kv_moves import KvAck, KvMoves
 
 _LARGEST_CHUNK_BYTES = 4 << 20
@@ -51,7 +52,8 @@ class KvMemory:
         return set(self._balloon.mapped)
 
     def apply(self, moves: KvMoves) -> KvAck:
-        """Unmap, then map, all or nothing. Never raises for lack of memory: the answer says so."""
+        """Unmap, then map, all or nothing. Never raises for lack of memory: the answer says so, and what a check of the
+        books finds after an undo, or where ``moves`` asks for one."""
         started = time.perf_counter()
         error = None
         try:
@@ -59,7 +61,19 @@ class KvMemory:
             self._balloon.inflate_kv(moves.map)
         except MemoryError_ as failure:
             error = str(failure)
-        return KvAck(moves.sequence, error, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return KvAck(moves.sequence, error, seconds, self._imbalance() if error or moves.check else None)
+
+    def check_conservation(self) -> None:
+        """Raise ContractViolation unless extents, slots, chunks and the operating system's count agree."""
+        self._balloon.check_conservation()
+
+    def _imbalance(self) -> str | None:
+        try:
+            self.check_conservation()
+        except ContractViolation as violation:
+            return str(violation)
+        return None
 
     def allocation(self) -> "KvAllocation":
         """A context in which vLLM's one KV allocation is answered with this memory."""

@@ -22,7 +22,7 @@ class KvMoves(KVConnectorMetadata):
     """Extents to unmap and then to map. ``sequence`` is 0 for a step that moves none.
 
     ``trim`` gives the memory of past activations back first; ``keep`` lets the heap keep this step's. ``tokens`` and
-    ``rows`` are those of the step.
+    ``rows`` are those of the step. ``check`` asks every worker to check its books after the move.
     """
 
     sequence: int = 0
@@ -32,15 +32,21 @@ class KvMoves(KVConnectorMetadata):
     keep: bool = False
     tokens: int = 0
     rows: int = 0
+    check: bool = False
 
 
 @dataclass
 class KvAck:
-    """One worker's answer to one KvMoves: all of ``map`` is mapped, or none of it and ``error`` says why."""
+    """One worker's answer to one KvMoves.
+
+    Without an error all of it is done. With one, nothing of ``map`` is mapped, and of ``unmap`` some may still be.
+    ``imbalance`` is what a check of the worker's books found: a defect.
+    """
 
     sequence: int
     error: str | None
     seconds: float
+    imbalance: str | None = None
 
 
 @dataclass
