@@ -7,6 +7,7 @@ the blocks that have no memory (scheduler, after the handshake), and carries mov
 import os
 from contextlib import AbstractContextManager
 from functools import cached_property
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -16,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
@@ -109,6 +111,12 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         handshakes = [h for _, h in sorted(metadata.items()) if isinstance(h, KvHandshake)]
         self._kv = ElasticKv(
             self.settings, self._geometry, self._block_tokens, self._kv_cache_manager.block_pool, handshakes
+        )
+        assert self._kv_cache_config is not None
+        held_at_once = get_max_concurrency_for_kv_cache_config(self._vllm_config, self._kv_cache_config)
+        self._kv.require_guarantee(
+            blocks=ceil(self._kv_cache_config.num_blocks / held_at_once),
+            tokens=self._vllm_config.model_config.max_model_len,
         )
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vllm.v1.core.block_pool import BlockPool
 
+from memory_agent.errors import SettingsError
 from memory_agent.extents import ExtentMap, KvGeometry
 from memory_agent.lease_board import MAX_WORKERS, AgentWord, EngineWord, LeaseBoard
 from memory_agent.vmm import ContractViolation
@@ -112,6 +113,19 @@ class ElasticKv:
         self._allowance = StepAllowance(0, trim=False, keep=False)
         self._heaps_used = False
         self._appear(handshakes, block_tokens)
+
+    def require_guarantee(self, blocks: int, tokens: int) -> None:
+        """Raise SettingsError unless the guarantee holds one request of ``tokens``, which takes ``blocks``, and vLLM's
+        null block: while neighbours hold the rest, a longer one would wait for ever."""
+        run, guaranteed = self._extents.blocks_per_extent, self._settings.kv_guarantee_bytes // self._extent_bytes
+        needed_bytes = -(-(blocks + 1) // run) * self._extent_bytes
+        if guaranteed * self._extent_bytes < needed_bytes:
+            fits = max(0, guaranteed * run - 1) * tokens // blocks
+            raise SettingsError(
+                f"the guarantee of {self._settings.kv_guarantee_bytes} bytes of KV memory is below one request of "
+                f"{tokens} tokens, which needs {needed_bytes}: raise it to that"
+                + (f", or set max_model_len to at most {fits}" if fits else "")
+            )
 
     # -- a step -------------------------------------------------------------------------------------------------------
 

@@ -47,23 +47,42 @@ class Clock:
         return self.now_s
 
 
+def modelless_spec(folder: Path, ranks: int = 1, ceiling_blocks: int = 64) -> EngineSpec:
+    """Settings of an engine whose model is a configuration in ``folder`` and nothing else."""
+    model = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "vocab_size": 128}
+    sizes = {"num_hidden_layers": LAYERS, "num_attention_heads": 1, "max_position_embeddings": LONGEST_TOKENS}
+    (folder / "config.json").write_text(json.dumps(model | sizes))
+    return EngineSpec(
+        model_name="none",
+        model_path=str(folder),
+        max_model_len=LONGEST_TOKENS,
+        kv_ceiling_bytes=ceiling_blocks * BLOCK_BYTES,
+        kv_rest_bytes=REST_BLOCKS * BLOCK_BYTES,
+        kv_guarantee_bytes=ranks * GUARANTEE_BLOCKS * BLOCK_BYTES,
+        weights_bytes=1,
+        dtype="float32",
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        engine_args={"block_size": BLOCK_TOKENS, "skip_tokenizer_init": True, "enforce_eager": True},
+    )
+
+
 class ModellessEngine:
     """See the module. ``vmm`` of each rank fails on purpose where its plan says so.
 
     Args:
-        folder: for the model's configuration.
         board, row: where its lease is; the row must have one.
+        clock: moves on by STEP_S with each step.
     """
 
-    def __init__(self, folder: Path, board: Path, row: int, clock: Clock, ceiling_blocks: int, ranks: int = 1) -> None:
+    def __init__(self, board: Path, row: int, clock: Clock, spec: EngineSpec, ranks: int = 1) -> None:
         self.clock = clock
         self.row = LeaseBoard.open(board).row(row)
         self.finished: set[str] = set()
-        size_bytes = ceiling_blocks * BLOCK_BYTES
-        config = build_vllm_config(self._spec(folder, size_bytes), str(board), row)
+        config = build_vllm_config(spec, str(board), row)
         config.cache_config.kv_cache_layout = "LBHNC"
         layer = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=64, dtype=torch.float32)
-        [cache] = get_kv_cache_configs(config, [{f"layers.{i}": layer for i in range(LAYERS)}], [size_bytes])
+        [cache] = get_kv_cache_configs(config, [{f"layers.{i}": layer for i in range(LAYERS)}], [spec.kv_ceiling_bytes])
         config.cache_config.num_gpu_blocks = cache.num_blocks
         self.scheduler = ElasticScheduler(
             vllm_config=config,
@@ -86,24 +105,6 @@ class ModellessEngine:
     def _make_vmm(self, name: str, max_bytes: int) -> FailingHostVmm:
         self.vmms.append(FailingHostVmm(name, max_bytes))
         return self.vmms[-1]
-
-    def _spec(self, folder: Path, ceiling_bytes: int) -> EngineSpec:
-        model = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "vocab_size": 128}
-        sizes = {"num_hidden_layers": LAYERS, "num_attention_heads": 1, "max_position_embeddings": LONGEST_TOKENS}
-        (folder / "config.json").write_text(json.dumps(model | sizes))
-        return EngineSpec(
-            model_name="none",
-            model_path=str(folder),
-            max_model_len=LONGEST_TOKENS,
-            kv_ceiling_bytes=ceiling_bytes,
-            kv_rest_bytes=REST_BLOCKS * BLOCK_BYTES,
-            kv_guarantee_bytes=GUARANTEE_BLOCKS * BLOCK_BYTES,
-            weights_bytes=1,
-            dtype="float32",
-            max_num_seqs=8,
-            max_num_batched_tokens=256,
-            engine_args={"block_size": BLOCK_TOKENS, "skip_tokenizer_init": True, "enforce_eager": True},
-        )
 
     def set_limit(self, blocks: int) -> None:
         """Play the agent: a new lease of so many blocks on every rank, with the next revision."""
@@ -188,12 +189,12 @@ def _handshake(memory: KvMemory) -> KvHandshake:
 
 
 @contextmanager
-def modelless_engine(folder: Path, ranks: int = 1, ceiling_blocks: int = 64) -> Iterator[ModellessEngine]:
+def modelless_engine(folder: Path, spec: EngineSpec | None = None, ranks: int = 1) -> Iterator[ModellessEngine]:
     """One engine with a board of its own; the test plays the agent. Its lease is the guarantee at first."""
-    board = folder / "board"
-    row = LeaseBoard.create(board, ranks * ceiling_blocks * BLOCK_BYTES).row(0)
-    row.set(AgentWord.LEASE, Lease(ranks * GUARANTEE_BLOCKS * BLOCK_BYTES, 1).pack())
-    engine = ModellessEngine(folder, board, 0, Clock(), ceiling_blocks, ranks)
+    board, spec = folder / "board", spec or modelless_spec(folder, ranks)
+    row = LeaseBoard.create(board, ranks * spec.kv_ceiling_bytes).row(0)
+    row.set(AgentWord.LEASE, Lease(spec.kv_guarantee_bytes, 1).pack())
+    engine = ModellessEngine(board, 0, Clock(), spec, ranks)
     try:
         yield engine
     finally:
