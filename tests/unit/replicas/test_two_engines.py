@@ -2,6 +2,7 @@
 
 import os
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,3 +120,17 @@ def test_a_gap_of_an_hour_in_everybodys_clock_ends_nothing(device: Device) -> No
     device.run(random.Random(0))
     assert [len(engine.finished) for engine in device.engines] == [3, 3]
     assert device.keeper.board.dead_engines == 0
+
+
+def test_a_wall_clock_that_jumps_changes_nothing(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set by decades in every step: nobody is late or dead, nothing is reclaimed, and all requests finish."""
+    chance = random.Random(0)
+    monkeypatch.setattr(time, "time", lambda: chance.uniform(0.0, 4e9))
+    monkeypatch.setattr(time, "time_ns", lambda: chance.randrange(4 * 10**18))
+    for engine in device.engines:
+        for number in range(3):
+            engine.ask(f"r{number}", prompt=200, tokens=100)
+    device.run(chance)
+    assert [len(engine.finished) for engine in device.engines] == [3, 3]
+    assert device.keeper.board.dead_engines == 0
+    assert [tenant.overdue_bytes for tenant in device.keeper.tenants] == [0, 0]
