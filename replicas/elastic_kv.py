@@ -173,12 +173,12 @@ class ElasticKv:
         grow = max(self._plan.grow, 1) if self._shortage else self._plan.grow
         moves = KvMoves(
             unmap=self._unmap_now + self._take_aborted(),
+            check=self._extents_to_check() if self._idle_shrink else None,
             map=self.parking.begin_map(min(grow, self._limit - self._committed)),
             trim=self._allowance.trim,
             keep=self._allowance.keep,
             tokens=tokens,
             rows=rows,
-            check=self._idle_shrink,
         )
         self.activations.on_step(tokens, rows)
         self._heaps_used |= tokens > 0
@@ -298,7 +298,7 @@ class ElasticKv:
             self.parking.finish_map(moves.map)
             self._count_move(EngineWord.DEFLATE_COUNT, EngineWord.DEFLATE_BYTES, len(moves.unmap))
             self._count_move(EngineWord.INFLATE_COUNT, EngineWord.INFLATE_BYTES, len(moves.map))
-        if errors or moves.check:
+        if errors or moves.check is not None:
             self._check_books([ack.imbalance for ack in flight.acks if ack.imbalance])
         self._add(EngineWord.MOVE_NS, nanoseconds)
         self._publish_committed()
@@ -320,6 +320,12 @@ class ElasticKv:
             return []
         taken, self._aborted = self._aborted, []
         return taken
+
+    def _extents_to_check(self) -> int | None:
+        """What every rank has mapped after this move; None while a map is on its way or being undone."""
+        if self._aborted or self._n(ExtentState.MAPPING):
+            return None
+        return self._n(ExtentState.MAPPED)
 
     def _check_books(self, imbalances: list[str]) -> None:
         """After an undo and when an idle engine shrinks. A defect is told and counted; it ends no request."""

@@ -62,13 +62,20 @@ class KvMemory:
         except MemoryError_ as failure:
             error = str(failure)
         seconds = time.perf_counter() - started
-        return KvAck(moves.sequence, error, seconds, self._imbalance() if error or moves.check else None)
+        imbalance = None
+        if error is not None or moves.check is not None:
+            imbalance = self._imbalance(moves.check if error is None else None)
+        return KvAck(moves.sequence, error, seconds, imbalance)
 
     def check_conservation(self) -> None:
         """Raise ContractViolation unless extents, slots, chunks and the operating system's count agree."""
         self._balloon.check_conservation()
 
-    def _imbalance(self) -> str | None:
+    def _imbalance(self, extents: int | None) -> str | None:
+        """What is wrong with the books, and with the number of mapped extents where one is expected."""
+        mapped = len(self._balloon.mapped)
+        if extents not in (None, mapped):
+            return f"the worker has mapped {mapped} extents, the scheduler counts {extents}"
         try:
             self.check_conservation()
         except ContractViolation as violation:

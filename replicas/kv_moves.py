@@ -22,7 +22,8 @@ class KvMoves(KVConnectorMetadata):
     """Extents to unmap and then to map. ``sequence`` is 0 for a step that moves none.
 
     ``trim`` gives the memory of past activations back first; ``keep`` lets the heap keep this step's. ``tokens`` and
-    ``rows`` are those of the step. ``check`` asks every worker to check its books after the move.
+    ``rows`` are those of the step. ``check``, where there is one, asks every worker to check its books after the move:
+    so many extents must be mapped then.
     """
 
     sequence: int = 0
@@ -32,7 +33,7 @@ class KvMoves(KVConnectorMetadata):
     keep: bool = False
     tokens: int = 0
     rows: int = 0
-    check: bool = False
+    check: int | None = None
 
 
 @dataclass

@@ -10,6 +10,7 @@ import pytest
 from memory_agent.errors import SettingsError
 from memory_agent.lease_board import EngineWord
 from memory_agent.vmm import ContractViolation
+from replicas.kv_moves import KvMoves
 from tests.unit.replicas.modelless_engine import (
     BLOCK_BYTES,
     GUARANTEE_BLOCKS,
@@ -143,6 +144,17 @@ def test_an_imbalance_is_told_and_counted_and_ends_nothing(
     engine.ask("s", prompt=20, tokens=2)
     engine.run()
     assert engine.finished == {"r", "s"}
+
+
+def test_a_worker_that_disagrees_with_the_scheduler_is_found(engine: ModellessEngine) -> None:
+    """An extent that a worker holds and the scheduler does not know of is found when the engine next rests."""
+    engine.set_limit(40)
+    engine.ask("r", prompt=200, tokens=20)
+    engine.run()
+    engine.ranks[0].apply(KvMoves(sequence=0, map=[60]))
+    assert engine.word(EngineWord.CONSERVATION_FAILURES) == 0
+    engine.settle()
+    assert engine.word(EngineWord.CONSERVATION_FAILURES) == 1
 
 
 def test_the_longest_request_waits_for_a_lease_below_its_size_and_does_not_preempt_itself_for_ever(
