@@ -206,34 +206,3 @@ def test_a_request_that_waits_for_its_lease_lets_smaller_ones_finish(engine: Mod
     engine.set_limit(GUARANTEE_BLOCKS)
     run_checked(engine)
     assert engine.finished == {"small", "long"}
-
-
-def test_memory_of_a_finished_request_stays_until_it_is_wanted_and_then_goes_in_one_move(
-    engine: ModellessEngine,
-) -> None:
-    """Unmapping is lazy and batched: no byte goes back while the engine works, all of it in one move when it must."""
-    engine.set_limit(40)
-    for number in range(6):
-        engine.ask(f"r{number}", prompt=150, tokens=2 + number)
-    engine.run()
-    engine.ask("next", prompt=20, tokens=30)
-    engine.run()
-    assert engine.word(EngineWord.DEFLATE_COUNT) == 0
-    before = engine.held_blocks
-    assert before > 25
-    engine.set_limit(5)
-    engine.settle(0.1)
-    assert engine.held_blocks <= 5
-    assert engine.word(EngineWord.DEFLATE_COUNT) == 1
-    assert engine.word(EngineWord.DEFLATE_BYTES) == (before - engine.held_blocks) * BLOCK_BYTES
-
-
-def test_a_decode_never_waits_for_its_next_block(engine: ModellessEngine) -> None:
-    """The next extent is mapped ahead: every step of a lone decode yields its token."""
-    engine.set_limit(40)
-    engine.ask("r", prompt=20, tokens=400)
-    engine.settle(5 * 0.01)  # until the prompt has its memory
-    before = engine.word(EngineWord.STEPS)
-    engine.run()
-    assert engine.word(EngineWord.STEPS) - before <= 400
-    assert engine.word(EngineWord.PREEMPTIONS) == 0
