@@ -105,7 +105,8 @@ class MemoryAgent:
         """Give the engine a row, and wait until its limit has reached its guarantee, at most ten seconds.
 
         The engine reads its limit from the row and commits no byte beyond it; where another engine does not give back
-        in time (a stopped process holds its bytes), the limit reaches the guarantee later. The same engine_id again
+        in time (a stopped process holds its bytes), the limit reaches the guarantee later, and the engine must not be
+        started before the limit holds what it maps at its start. The same engine_id again
         returns the row it has. Raises SettingsError, with the numbers that would fit.
         """
         terms = EngineTerms(engine_id, model, guarantee_bytes, ceiling_bytes, weights_bytes, registrar_pid, weight)

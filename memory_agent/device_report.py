@@ -76,6 +76,8 @@ def sample_engine(tenant: Tenant) -> EngineReport:
         deflate_count=row.get(EngineWord.DEFLATE_COUNT),
         deflate_bytes=row.get(EngineWord.DEFLATE_BYTES),
         map_failures=row.get(EngineWord.MAP_FAILURES),
+        conservation_failures=row.get(EngineWord.CONSERVATION_FAILURES),
+        overdue_bytes=tenant.overdue_bytes,
         blocks_mapped=row.get(EngineWord.BLOCKS_MAPPED),
         reachable_blocks=reachable_blocks,
         blocks_ceiling=blocks_ceiling,

@@ -126,6 +126,8 @@ class EngineWord(IntEnum):
     """Measured in the workers after the last step that was reported: what a trim would give back."""
     TOKEN_BUDGET = 57
     """Most tokens of a step that the lease allowed last."""
+    CONSERVATION_FAILURES = 58
+    """Checks of the engine's own books that failed."""
     WORKER_COUNT = 60
     WORKER_PID_0 = 61
     """WORKER_PID_0 + i: process id of worker i, up to MAX_WORKERS."""

@@ -26,6 +26,9 @@ class EngineReport:
         token_budget: most tokens of a step that the lease allowed last.
         used_bytes: KV bytes that requests reference now.
         rss_bytes: resident bytes of the engine's processes.
+        map_failures: moves that a worker refused for lack of memory.
+        conservation_failures: checks that found the engine's count of its memory at odds with what is mapped: a defect.
+        overdue_bytes: owed to other engines for longer than a reclaim may take; its processes are stopped or very slow.
         pressure: of this engine: its used and demanded bytes against what it can reach.
         reachable_blocks: KV blocks inside the current lease; blocks_ceiling: KV blocks of the virtual tensor.
         kv_usage: used share of the reachable capacity, 0 to 1.
@@ -57,6 +60,8 @@ class EngineReport:
     deflate_count: int
     deflate_bytes: int
     map_failures: int
+    conservation_failures: int
+    overdue_bytes: int
     blocks_mapped: int
     reachable_blocks: int
     blocks_ceiling: int

@@ -22,6 +22,12 @@ _FOLLOWED = (
 )
 """Words of a row whose change may change a plan or a pressure level."""
 
+RECLAIM_S = 5.0
+"""An engine that owes bytes and has given none back for so long is overdue. They stay its own, because only the exit of
+its processes frees them; but its pressure is CRITICAL, so that no new request is sent to it."""
+_LONGEST_GAP_S = 1.0
+"""Time between two samples counts at most this much: while the agent itself was away, nobody was late."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -78,7 +84,8 @@ def process_words(role: int) -> tuple[int, int]:
 class Tenant:
     """A row in use, with what smooths it.
 
-    alive: roles of its processes that still run; watched: roles that have been on the board and are watched or gone.
+    alive: roles of its processes that still run; watched: roles that have been on the board and are watched or gone;
+    late_s: time for which it has owed bytes and given none back.
     """
 
     row: Row
@@ -88,6 +95,9 @@ class Tenant:
     pressure: Pressure = field(default_factory=Pressure)
     alive: set[int] = field(default_factory=set)
     watched: set[int] = field(default_factory=set)
+    late_s: float = 0.0
+    _sampled_s: float = float("inf")
+    _sampled_bytes: int = 0
 
     @classmethod
     def begin(cls, row: Row, terms: EngineTerms) -> "Tenant":
@@ -125,6 +135,16 @@ class Tenant:
         return max(row.lease.limit_bytes, row.get(AgentWord.EXPOSURE_BYTES), row.get(EngineWord.COMMITTED_BYTES))
 
     @property
+    def owed_bytes(self) -> int:
+        """What it may hold above its limit, or all of it when it is on its way out."""
+        return self.held_bytes - (self.row.lease.limit_bytes if self.stays else 0)
+
+    @property
+    def overdue_bytes(self) -> int:
+        """What it owes, where it has given nothing back for RECLAIM_S; else 0."""
+        return self.owed_bytes if self.late_s >= RECLAIM_S else 0
+
+    @property
     def wanted_bytes(self) -> int:
         """What requests reference or could use now."""
         return max(self.row.get(EngineWord.USED_BYTES), self.demand.demand_bytes)
@@ -139,13 +159,15 @@ class Tenant:
     def sample(self, now_s: float) -> list[int]:
         """Take a sample of the demand, and return all words that planning and pressure follow. now_s: monotonic."""
         self.demand = self.demand.observed(self.row.get(EngineWord.DEMAND_BYTES), now_s)
-        return [self.row.get(word) for word in _FOLLOWED]
+        self._follow_debt(now_s)
+        return [*(self.row.get(word) for word in _FOLLOWED), int(self.overdue_bytes > 0)]
 
     def press(self) -> None:
-        """Take a sample of the pressure: wanted bytes against the limit. A row that is not LIVE has none."""
+        """Take a sample of the pressure: wanted bytes against the limit, or beyond all measure where it is overdue. A
+        row that is not LIVE has none."""
         live = self.state is RowState.LIVE
         ratio = usage_ratio(self.wanted_bytes, self.row.lease.limit_bytes) if live else 0.0
-        self.pressure = self.pressure.sampled(ratio)
+        self.pressure = self.pressure.sampled(float("inf") if live and self.overdue_bytes else ratio)
 
     def claim(self) -> LeaseClaim:
         """The engine's claim by the board, its acknowledgement taken into account.
@@ -184,3 +206,21 @@ class Tenant:
         row.set(AgentWord.LEASE, Lease(decision.limit_bytes, old.revision + 1).pack())
         change = f"{old.limit_bytes} -> {decision.limit_bytes} bytes, revision {old.revision + 1}"
         logger.info("lease of %s: %s; demand %d: %s", self.engine_id, change, self.demand.demand_bytes, decision.reason)
+
+    def _follow_debt(self, now_s: float) -> None:
+        """Count the time for which bytes are owed and none come back; say when it has become too long, and its end."""
+        was_late = self.late_s >= RECLAIM_S
+        waited = self.owed_bytes > 0 and self.held_bytes >= self._sampled_bytes
+        self.late_s = self.late_s + min(max(now_s - self._sampled_s, 0.0), _LONGEST_GAP_S) if waited else 0.0
+        self._sampled_s, self._sampled_bytes = now_s, self.held_bytes
+        late = self.late_s >= RECLAIM_S
+        if late and not was_late:
+            logger.warning(
+                "engine %s has owed %d bytes for %.0f s: stopped, or in a long step; others wait for them, and it gets "
+                "no new requests",
+                self.engine_id,
+                self.owed_bytes,
+                self.late_s,
+            )
+        elif was_late and not late:
+            logger.info("engine %s gives back what it owed", self.engine_id)

@@ -25,11 +25,13 @@ logger = logging.getLogger("ray.serve")
 
 TARGET_PERIOD_S = 1.0
 UNREGISTER_TIMEOUT_S = 2.0
+LEASE_POLL_S = 0.05
+SAY_AGAIN_S = 10.0
 
 
 class BoardLink:
-    """One engine's registration. Construction registers the engine, and raises what the agent raises where it does
-    not fit."""
+    """One engine's registration. Construction registers the engine and returns when its lease holds what it maps at
+    its start; it raises what the agent raises where the guarantee does not fit."""
 
     def __init__(self, engine_id: str, spec: EngineSpec, agent_spec: "AgentSpec") -> None:
         from memory_agent.agent import ensure_agent
@@ -48,6 +50,7 @@ class BoardLink:
         )
         self.registration: Registration = answer
         self._row: Row = LeaseBoard.open(Path(self.registration.board_path)).row(self.registration.row)
+        wait_for_lease(self._row, spec.kv_rest_bytes)
 
     async def follow_lease(self, wake: Callable[[], Awaitable[object]]) -> None:
         """Wake the engine by ``wake`` when its lease has changed or its rest has come; for ever."""
@@ -84,6 +87,24 @@ class BoardLink:
             ray.get(self._agent.unregister.remote(self.engine_id), timeout=UNREGISTER_TIMEOUT_S)
         except RayError as error:
             logger.info("%s was not unregistered: %s", self.engine_id, error)
+
+
+def wait_for_lease(row: Row, least_bytes: int) -> None:
+    """Return when the row's lease is ``least_bytes`` or more, however long neighbours keep them: an engine maps its
+    first bytes before it reads any lease."""
+    began_s = said_s = time.monotonic()
+    while (limit_bytes := row.lease.limit_bytes) < least_bytes:
+        time.sleep(LEASE_POLL_S)
+        if time.monotonic() - said_s >= SAY_AGAIN_S:
+            said_s = time.monotonic()
+            logger.warning(
+                "engine %s has waited %.0f s to start: its lease is %d bytes, %d are needed; other engines of the "
+                "device have not given back what they owe",
+                row.engine_id,
+                said_s - began_s,
+                limit_bytes,
+                least_bytes,
+            )
 
 
 def _controller() -> Any:

@@ -8,6 +8,7 @@ import logging
 import os
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
@@ -151,6 +153,12 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
             )
         on_evict = self.host.evict if self.host is not None else _leave
         self._kv = ElasticKv(self.settings, self._geometry, self._block_tokens, pool, handshakes, on_evict)
+        assert self._kv_cache_config is not None
+        held_at_once = get_max_concurrency_for_kv_cache_config(self._vllm_config, self._kv_cache_config)
+        self._kv.require_guarantee(
+            blocks=ceil(self._kv_cache_config.num_blocks / held_at_once),
+            tokens=self._vllm_config.model_config.max_model_len,
+        )
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         moves = self.kv.take_moves(

@@ -16,8 +16,10 @@ from typing import NamedTuple
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
+from memory_agent.errors import SettingsError
 from memory_agent.extents import ExtentMap, KvGeometry
 from memory_agent.lease_board import MAX_WORKERS, AgentWord, EngineWord, LeaseBoard
+from memory_agent.vmm import ContractViolation
 from replicas.activation_ledger import ActivationLedger, ActivationSample, StepAllowance
 from replicas.elastic_settings import ElasticSettings
 from replicas.kv_moves import KvAck, KvHandshake, KvMoves
@@ -110,12 +112,14 @@ class ElasticKv:
         self._limit = self._soft_limit = self._wanted = self._rest
         self._plan = KvPlan()
         self._unmap_now: list[int] = []
-        self._aborted: list[int] = []
+        self._aborted: list[int] = []  # to be unmapped again: a rank failed in the middle of a move
         self._flights: dict[int, _Flight] = {}
         self._sequence = 0
         self._shortage = False
         self._over_since: float | None = None
         self._map_retry_at = 0.0
+        self._unmap_retry_at = 0.0
+        self._idle_shrink = False
         self._idle_since: float | None = clock()
         self.activations = ActivationLedger(settings.token_bytes, settings.row_bytes, self._ranks)
         self._allowance = StepAllowance(0, 0)
@@ -123,6 +127,19 @@ class ElasticKv:
         self._before = _Holding(0, 0)
         self._heaps_used = False
         self._appear(handshakes)
+
+    def require_guarantee(self, blocks: int, tokens: int) -> None:
+        """Raise SettingsError unless the guarantee holds one request of ``tokens``, which takes ``blocks``, and vLLM's
+        null block: while neighbours hold the rest, a longer one would wait for ever."""
+        run, guaranteed = self._extents.blocks_per_extent, self._settings.kv_guarantee_bytes // self._extent_bytes
+        needed_bytes = -(-(blocks + 1) // run) * self._extent_bytes
+        if guaranteed * self._extent_bytes < needed_bytes:
+            fits = max(0, guaranteed * run - 1) * tokens // blocks
+            raise SettingsError(
+                f"the guarantee of {self._settings.kv_guarantee_bytes} bytes of KV memory is below one request of "
+                f"{tokens} tokens, which needs {needed_bytes}: raise it to that"
+                + (f", or set max_model_len to at most {fits}" if fits else "")
+            )
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -159,6 +176,7 @@ class ElasticKv:
             )
         )
         self._unmap_now = self.parking.begin_unmap(self._plan.shrink)
+        self._idle_shrink = not busy and bool(self._unmap_now)
         if self._plan.forced:
             self._preempt_until_it_fits(demand.blocks_returning, preempt)
         if busy:
@@ -174,7 +192,8 @@ class ElasticKv:
         answered."""
         grow = max(self._plan.grow, 1) if self._shortage else self._plan.grow
         moves = KvMoves(
-            unmap=self._unmap_now + self._aborted,
+            unmap=self._unmap_now + self._take_aborted(),
+            check=self._extents_to_check() if self._idle_shrink else None,
             map=self.parking.begin_map(min(grow, self._soft_limit - self._committed)),
             rest=self._rest_now,
             tokens=tokens,
@@ -182,7 +201,7 @@ class ElasticKv:
         )
         self.activations.on_step(tokens, rows)
         self._heaps_used |= tokens > 0
-        self._plan, self._unmap_now, self._aborted = KvPlan(), [], []
+        self._plan, self._unmap_now = KvPlan(), []
         if moves.unmap or moves.map or moves.rest:
             self._sequence += 1
             moves.sequence = self._sequence
@@ -227,7 +246,9 @@ class ElasticKv:
 
     def has_work(self) -> bool:
         """True while an engine without requests must step: a lease unread, moves in flight, idle memory."""
-        if self._flights or self._aborted or self.row.lease.revision != self.row.get(EngineWord.APPLIED_REVISION):
+        if self._flights or self.row.lease.revision != self.row.get(EngineWord.APPLIED_REVISION):
+            return True
+        if self._aborted and self._clock() >= self._unmap_retry_at:
             return True
         return self._is_idle(self._clock()) and (self._heaps_used or self.parking.has_free_extent_beyond(self._rest))
 
@@ -310,24 +331,55 @@ class ElasticKv:
         errors = [ack.error for ack in flight.acks if ack.error]
         nanoseconds = int(max(ack.seconds for ack in flight.acks) * 1e9)
         moves = flight.moves
-        if moves.unmap:
-            self.parking.finish_unmap(moves.unmap)
-            self._count_move(EngineWord.DEFLATE_COUNT, EngineWord.DEFLATE_BYTES, len(moves.unmap))
         if errors:
-            logger.warning("mapping %d extents failed, retrying in %.1f s: %s", len(moves.map), _RETRY_S, errors[0])
-            self.parking.abort_map(moves.map)
-            self._aborted += moves.map
-            self._map_retry_at = self._clock() + _RETRY_S
-            self._add(EngineWord.MAP_FAILURES, 1)
-        elif moves.map:
+            self._undo(moves, errors[0])
+        else:
+            self.parking.finish_unmap(moves.unmap)
             self.parking.finish_map(moves.map)
+            self._count_move(EngineWord.DEFLATE_COUNT, EngineWord.DEFLATE_BYTES, len(moves.unmap))
             self._count_move(EngineWord.INFLATE_COUNT, EngineWord.INFLATE_BYTES, len(moves.map))
+        if errors or moves.check is not None:
+            self._check_books([ack.imbalance for ack in flight.acks if ack.imbalance])
         self._add(EngineWord.MOVE_NS, nanoseconds)
         self._before = _Holding(0, 0)
         self._publish_committed(self._activation_bytes)
 
+    def _undo(self, moves: KvMoves, error: str) -> None:
+        """Ranks differ in how far they came: all of the move is unmapped again, until every rank has done it."""
+        logger.warning(
+            "moving %d extents failed, retrying in %.1f s: %s", len(moves.unmap + moves.map), _RETRY_S, error
+        )
+        self.parking.abort_map(moves.map)
+        self._aborted += moves.unmap + moves.map
+        self._map_retry_at = self._clock() + _RETRY_S
+        if not moves.map:
+            self._unmap_retry_at = self._map_retry_at
+        self._add(EngineWord.MAP_FAILURES, 1)
+
+    def _take_aborted(self) -> list[int]:
+        if self._clock() < self._unmap_retry_at:
+            return []
+        taken, self._aborted = self._aborted, []
+        return taken
+
+    def _extents_to_check(self) -> int | None:
+        """What every rank has mapped after this move; None while a map is on its way or being undone."""
+        if self._aborted or self._n(ExtentState.MAPPING):
+            return None
+        return self._n(ExtentState.MAPPED)
+
+    def _check_books(self, imbalances: list[str]) -> None:
+        """After an undo and when an idle engine shrinks. A defect is told and counted; it ends no request."""
+        try:
+            self.parking.check_conservation()
+        except ContractViolation as violation:
+            imbalances.append(str(violation))
+        for imbalance in imbalances:
+            logger.error("KV memory does not balance, which is a defect of this program: %s", imbalance)
+            self._add(EngineWord.CONSERVATION_FAILURES, 1)
+
     def _count_move(self, count: EngineWord, moved_bytes: EngineWord, extents: int) -> None:
-        self._add(count, 1)
+        self._add(count, int(extents > 0))
         self._add(moved_bytes, extents * self._extent_bytes)
 
     def _publish_committed(self, activation_bytes: int) -> None:

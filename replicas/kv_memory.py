@@ -16,6 +16,7 @@ from memory_agent.errors import MemoryError_
 from memory_agent.extents import ExtentMap, KvGeometry, choose_chunk_bytes
 from memory_agent.host_vmm import HostVmm
 from memory_agent.virtual_tensor import VirtualTensor
+from memory_agent.vmm import ContractViolation
 from replicas.kv_moves import KvAck, KvMoves
 
 _LARGEST_CHUNK_BYTES = 4 << 20
@@ -54,7 +55,8 @@ class KvMemory:
         return set(self._balloon.mapped)
 
     def apply(self, moves: KvMoves) -> KvAck:
-        """Unmap, then map, all or nothing. Never raises for lack of memory: the answer says so."""
+        """Unmap, then map, all or nothing. Never raises for lack of memory: the answer says so, and what a check of the
+        books finds after an undo, or where ``moves`` asks for one."""
         started = time.perf_counter()
         error = None
         try:
@@ -62,7 +64,26 @@ class KvMemory:
             self._balloon.inflate_kv(moves.map)
         except MemoryError_ as failure:
             error = str(failure)
-        return KvAck(moves.sequence, error, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        imbalance = None
+        if error is not None or moves.check is not None:
+            imbalance = self._imbalance(moves.check if error is None else None)
+        return KvAck(moves.sequence, error, seconds, imbalance)
+
+    def check_conservation(self) -> None:
+        """Raise ContractViolation unless extents, slots, chunks and the operating system's count agree."""
+        self._balloon.check_conservation()
+
+    def _imbalance(self, extents: int | None) -> str | None:
+        """What is wrong with the books, and with the number of mapped extents where one is expected."""
+        mapped = len(self._balloon.mapped)
+        if extents not in (None, mapped):
+            return f"the worker has mapped {mapped} extents, the scheduler counts {extents}"
+        try:
+            self.check_conservation()
+        except ContractViolation as violation:
+            return str(violation)
+        return None
 
     def allocation(self) -> "KvAllocation":
         """A context in which vLLM's one KV allocation is answered with this memory."""

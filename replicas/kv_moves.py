@@ -22,8 +22,9 @@ from replicas.host_moves import HostReport, HostWork
 class KvMoves(KVConnectorMetadata):
     """Extents to unmap and then to map. ``sequence`` is 0 for a step that neither moves any nor rests.
 
-    ``rest`` gives the memory of past activations back. ``tokens`` and ``rows`` are those of the step.
-    ``host``: copies to and from the host buffer.
+    ``rest`` gives the memory of past activations back. ``tokens`` and ``rows`` are those of the step. ``check``, where
+    there is one, asks every worker to check its books after the move: so many extents must be mapped then. ``host``:
+    copies to and from the host buffer.
     """
 
     sequence: int = 0
@@ -32,16 +33,22 @@ class KvMoves(KVConnectorMetadata):
     rest: bool = False
     tokens: int = 0
     rows: int = 0
+    check: int | None = None
     host: HostWork = field(default_factory=HostWork)
 
 
 @dataclass
 class KvAck:
-    """One worker's answer to one KvMoves: all of ``map`` is mapped, or none of it and ``error`` says why."""
+    """One worker's answer to one KvMoves.
+
+    Without an error all of it is done. With one, nothing of ``map`` is mapped, and of ``unmap`` some may still be.
+    ``imbalance`` is what a check of the worker's books found: a defect.
+    """
 
     sequence: int
     error: str | None
     seconds: float
+    imbalance: str | None = None
 
 
 @dataclass
@@ -50,7 +57,7 @@ class KvAcks(KVConnectorWorkerMetadata):
 
     acks: list[KvAck]
     activations: list[ActivationSample]
-    host: list[HostReport]
+    host: list[HostReport] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, KvAcks)

@@ -16,6 +16,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from memory_agent.extents import ExtentMap
+from memory_agent.vmm import ContractViolation
 
 
 class ExtentState(Enum):
@@ -130,15 +131,19 @@ class KvParking:
             self._pool.touch(held)
 
     def check_conservation(self) -> None:
-        """Raise AssertionError unless every block in the free queue is mapped and every parked block is held."""
+        """Raise ContractViolation unless every block in the free queue is mapped and every parked block is held."""
         for block in self._pool.free_block_queue.get_all_free_blocks():
             state = self._state[self._extents.extent_of(block.block_id)]
-            assert state is ExtentState.MAPPED, f"free block {block.block_id} is in a {state.value} extent"
-        for state in ExtentState:
-            assert self._count[state] == self._state.count(state), f"count of {state.value} extents is off"
-        for extent, state in enumerate(self._state):
             if state is not ExtentState.MAPPED:
-                assert all(b.ref_cnt > 0 for b in self._blocks(extent)), f"extent {extent} is not held"
+                raise ContractViolation(f"free block {block.block_id} is in a {state.value} extent")
+        for state in ExtentState:
+            if self._count[state] != self._state.count(state):
+                raise ContractViolation(
+                    f"{self._state.count(state)} extents are {state.value}, {self._count[state]} are counted"
+                )
+        for extent, state in enumerate(self._state):
+            if state is not ExtentState.MAPPED and any(block.ref_cnt == 0 for block in self._blocks(extent)):
+                raise ContractViolation(f"{state.value} extent {extent} has a block that is not held")
 
     def _free_extents(self) -> Iterator[tuple[tuple[int, int], int]]:
         """((cached blocks?, recency of its most recently used block), extent) of each extent that is wholly free."""

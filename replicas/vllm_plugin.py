@@ -1,8 +1,11 @@
-"""Ends an engine's processes with their owner. vLLM loads this in each of them as the general plugin ``ellm``.
+"""Ends an engine's processes with their owner and with their parent. vLLM loads this in each of them as the general
+plugin ``ellm``.
+
+    replica (owner) ---> EngineCore ---> workers
 
 A replica that is killed cannot end its children, and vLLM's engine core does not notice that its client is gone: it
-would keep its memory for ever. So each engine process waits, in a thread that does nothing else, for its owner's
-exit.
+would keep its memory for ever. A worker does notice that its engine core is gone, but may hold its memory for seconds,
+until its step has ended. So each engine process waits, in a thread that does nothing else, for the exit of either.
 """
 
 import os
@@ -24,14 +27,14 @@ def register() -> None:
     if owner in (0, os.getpid()):
         return
     try:
-        descriptor = os.pidfd_open(owner)
+        descriptors = [os.pidfd_open(process) for process in {owner, os.getppid()}]
     except ProcessLookupError:
         _end()
-    threading.Thread(target=_end_with, args=(descriptor,), name="ellm-owner-watch", daemon=True).start()
+    threading.Thread(target=_end_with, args=(descriptors,), name="ellm-owner-watch", daemon=True).start()
 
 
-def _end_with(owner_descriptor: int) -> None:
-    select.select([owner_descriptor], [], [])  # a pidfd is readable once its process has exited
+def _end_with(descriptors: list[int]) -> None:
+    select.select(descriptors, [], [])  # a pidfd is readable once its process has exited
     _end()
 
 

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import psutil
@@ -24,6 +25,17 @@ def engine_replicas() -> list[psutil.Process]:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
+    return found
+
+
+def shared_memory_of(processes: list[psutil.Process]) -> set[Path]:
+    """Files in shared memory that the processes have mapped or open."""
+    found: set[Path] = set()
+    for process in processes:
+        folder = Path(f"/proc/{process.pid}")
+        mapped = [line.split(maxsplit=5)[-1] for line in (folder / "maps").read_text().splitlines()]
+        found |= {Path(name) for name in mapped if name.startswith("/dev/shm/")}
+        found |= {file for fd in (folder / "fd").iterdir() if (file := fd.readlink()).is_relative_to("/dev/shm")}
     return found
 
 
@@ -59,6 +71,7 @@ def test_killed_replica(cluster: str, model: str) -> None:
     victim = engine_replicas()[0]
     engine = victim.children(recursive=True)
     assert len(engine) >= 2, "an engine core and a worker"
+    files = shared_memory_of(engine)
     with ThreadPoolExecutor(8) as pool:
         before = [pool.submit(stream, cluster, model) for _ in range(4)]
         until(lambda: metric("vllm:num_requests_running") == 4, "four streams run")
@@ -71,5 +84,6 @@ def test_killed_replica(cluster: str, model: str) -> None:
     assert (len(whole), len(broken)) == (2, 2), "two on each replica"
     assert all(tokens < TOKENS for tokens in broken)
     assert not psutil.wait_procs(engine, timeout=20)[1], "processes of the killed replica's engine"
+    until(lambda: not any(file.exists() for file in files), "shared memory holds nothing of the killed engine")
     until(lambda: metric("ellm_replicas_reachable") == 2, "another replica has taken its place")
     assert httpx.get(f"{cluster}/health", trust_env=False).status_code == 200

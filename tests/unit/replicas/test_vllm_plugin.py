@@ -1,4 +1,4 @@
-"""An engine's processes end with their owner."""
+"""An engine's processes end with their owner, and with the process that started them."""
 
 import os
 import subprocess
@@ -27,6 +27,17 @@ time.sleep(60)
 """
 
 
+CORE = f"""
+import subprocess, sys, time
+from replicas.vllm_plugin import register
+register()
+worker = subprocess.Popen([sys.executable, "-c", {CHILD!r}], stdout=subprocess.PIPE, text=True)
+worker.stdout.readline()
+print(worker.pid, flush=True)
+time.sleep(60)
+"""
+
+
 @pytest.fixture
 def owner() -> Iterator["subprocess.Popen[str]"]:
     with subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True) as process:
@@ -42,6 +53,16 @@ def test_child_ends_when_its_owner_is_killed(owner: "subprocess.Popen[str]") -> 
     owner.kill()
     owner.wait()
     assert child in psutil.wait_procs([child], timeout=10)[0]
+
+
+def test_worker_ends_when_its_engine_core_is_killed() -> None:
+    """The owner lives on, but the process that started the worker is gone: the worker ends at once."""
+    environment = os.environ | {"ELLM_ENGINE_OWNER_PID": str(os.getpid())}
+    with subprocess.Popen([sys.executable, "-c", CORE], env=environment, stdout=subprocess.PIPE, text=True) as core:
+        assert core.stdout is not None
+        worker = psutil.Process(int(core.stdout.readline()))
+        core.kill()
+        assert worker in psutil.wait_procs([worker], timeout=10)[0]
 
 
 def test_child_of_a_dead_owner_does_not_start() -> None:

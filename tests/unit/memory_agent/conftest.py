@@ -1,0 +1,33 @@
+"""A lease board, its keeper, and processes on it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from memory_agent.lease_keeper import LeaseKeeper
+from tests.unit.memory_agent.board_players import BUDGET, Clock, Processes
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    processes = Processes()
+    yield processes
+    processes.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "device.board"
+
+
+@pytest.fixture
+def keeper(path: Path) -> Iterator[LeaseKeeper]:
+    keeper = LeaseKeeper(path, BUDGET)
+    yield keeper
+    keeper.close()
+
+
+@pytest.fixture
+def clock(keeper: LeaseKeeper) -> Clock:
+    return Clock(keeper)

@@ -1,0 +1,33 @@
+"""Reports: the board's words beside what the kernel says."""
+
+import os
+import pickle
+
+from memory_agent.device_report import DeviceReporter
+from memory_agent.lease_board import EngineWord, ReplicaWord
+from memory_agent.lease_keeper import LeaseKeeper
+from tests.unit.memory_agent.board_players import BUDGET, UNIT, Clock, appear, terms
+
+
+def test_report_shows_board_and_kernel(keeper: LeaseKeeper, clock: Clock) -> None:
+    """A report carries the engine's words beside what the kernel says of its memory file and processes."""
+    fd = os.memfd_create("kv")
+    os.pwrite(fd, b"x" * (8 * UNIT), 0)
+    row = keeper.register(terms("a"))
+    appear(row, os.getpid(), workers=((os.getpid(), fd),))
+    row.set(EngineWord.COMMITTED_BYTES, 8 * UNIT)
+    row.set(EngineWord.USED_BYTES, 5 * UNIT)
+    row.set(EngineWord.BLOCKS_CEILING, 20)
+    row.set(ReplicaWord.TARGET_REVISION, 4)
+    clock.tick(3)
+    reporter = DeviceReporter("node", "cpu", 7, epoch_ns=9)
+    first, second = reporter.sample(keeper, 1.0), reporter.sample(keeper, 2.0)
+    os.close(fd)
+    (engine,) = first.engines
+    assert (engine.held_bytes_os, engine.committed_bytes, engine.used_bytes) == (8 * UNIT, 8 * UNIT, 5 * UNIT)
+    assert (engine.reachable_blocks, engine.kv_usage) == (20, 0.25), "the lease reaches beyond the ceiling of 20 blocks"
+    assert engine.rss_bytes > 1 << 20
+    assert (engine.state, engine.target_revision, engine.weights_bytes) == ("LIVE", 4, 1 << 20)
+    assert (first.node, first.device, first.agent_pid, first.budget_bytes) == ("node", "cpu", 7, BUDGET)
+    assert (first.agent_epoch_ns, first.sequence) < (second.agent_epoch_ns, second.sequence)
+    assert pickle.loads(pickle.dumps(first)) == first

@@ -1,0 +1,168 @@
+"""Leases on a real board: guarantees, lending, stopped engines, pressure; what is refused, with the numbers."""
+
+import os
+import signal
+
+import pytest
+
+from memory_agent.errors import SettingsError
+from memory_agent.lease_board import MAX_ROWS, AgentWord, EngineWord, RowState
+from memory_agent.lease_keeper import LeaseKeeper
+from memory_agent.reports import PressureLevel
+from tests.unit.memory_agent.board_players import BUDGET, GUARANTEE, UNIT, Clock, Processes, appear, terms
+
+
+def test_registered_engine_holds_its_guarantee(keeper: LeaseKeeper, clock: Clock) -> None:
+    """A row is STARTING with its guarantee as limit at once, and is lent nothing before it is LIVE."""
+    row = keeper.register(terms("a"))
+    clock.tick(5)
+    assert (row.engine_id, row.state, row.lease.limit_bytes) == ("a", RowState.STARTING, GUARANTEE)
+    appear(row, os.getpid())
+    clock.tick(2)
+    assert (row.state, row.lease.limit_bytes) == (RowState.LIVE, BUDGET)
+
+
+def test_registering_again_changes_nothing(keeper: LeaseKeeper) -> None:
+    """The same engine gets the row it has, its lease untouched."""
+    row = keeper.register(terms("a"))
+    before = row.lease
+    assert keeper.register(terms("a")).index == row.index
+    assert row.lease == before
+    assert len(keeper.tenants) == 1
+
+
+def test_newcomer_takes_its_guarantee_from_what_was_lent(keeper: LeaseKeeper, clock: Clock) -> None:
+    """A second engine's guarantee comes from the first one's lent bytes, only after that one acknowledged."""
+    first = keeper.register(terms("a"))
+    appear(first, os.getpid())
+    clock.tick(2, first)
+    assert first.lease.limit_bytes == BUDGET
+    second = keeper.register(terms("b"))
+    assert (first.lease.limit_bytes, second.lease.limit_bytes) == (BUDGET - GUARANTEE, 0)
+    assert second.get(AgentWord.TARGET_BYTES) == GUARANTEE
+    clock.tick(3)
+    assert second.lease.limit_bytes == 0
+    clock.tick(2, first)
+    assert second.lease.limit_bytes == GUARANTEE
+
+
+def test_stopped_engine_keeps_its_bytes(keeper: LeaseKeeper, clock: Clock, processes: Processes) -> None:
+    """A stopped process says nothing and gives nothing back: its exposure stays, however much another asks for."""
+    engine = processes.start()
+    stopped, asking = keeper.register(terms("a")), keeper.register(terms("b"))
+    appear(stopped, engine.pid)
+    appear(asking, os.getpid())
+    clock.tick(3, stopped, asking)
+    engine.send_signal(signal.SIGSTOP)
+    asking.set(EngineWord.DEMAND_BYTES, BUDGET)
+    clock.tick(100, asking)
+    assert stopped.state is RowState.LIVE
+    assert asking.lease.limit_bytes == BUDGET // 2
+    assert asking.get(AgentWord.TARGET_BYTES) == BUDGET - GUARANTEE
+
+
+def test_demand_moves_the_leases_between_two_engines(keeper: LeaseKeeper, clock: Clock) -> None:
+    """One engine exceeds 70 % of the budget while the other idles, and gives it back when the other needs it."""
+    rows = [keeper.register(terms("a")), keeper.register(terms("b"))]
+    for row in rows:
+        appear(row, os.getpid())
+    rows[0].set(EngineWord.DEMAND_BYTES, BUDGET)
+    clock.tick(5, *rows)
+    assert rows[0].get(EngineWord.COMMITTED_BYTES) > 0.7 * BUDGET
+    rows[1].set(EngineWord.DEMAND_BYTES, BUDGET)
+    clock.tick(5, *rows)
+    assert [row.get(EngineWord.COMMITTED_BYTES) for row in rows] == [BUDGET // 2, BUDGET // 2]
+
+
+def test_pressure_change_is_announced_once(keeper: LeaseKeeper, clock: Clock) -> None:
+    """tick is True exactly when a level changed: demand beyond what can be had, and its end."""
+    row = keeper.register(terms("a"))
+    appear(row, os.getpid())
+    assert not clock.tick(3, row)
+    row.set(EngineWord.DEMAND_BYTES, 2 * BUDGET)
+    assert clock.tick(2, row)
+    assert (keeper.pressure.level, keeper.tenants[0].pressure.level) == (PressureLevel.CRITICAL, PressureLevel.CRITICAL)
+    assert not clock.tick(20, row)
+    row.set(EngineWord.DEMAND_BYTES, 0)
+    assert clock.tick(20, row)
+    assert (keeper.pressure.level, keeper.tenants[0].pressure.level) == (PressureLevel.NORMAL, PressureLevel.NORMAL)
+
+
+def test_a_quiet_device_still_notices_everything(keeper: LeaseKeeper, clock: Clock, processes: Processes) -> None:
+    """After long quiet, when ticks do next to nothing, demand, a new budget and an exit are acted on at once."""
+    engine = processes.start()
+    row, other = keeper.register(terms("a")), keeper.register(terms("b"))
+    appear(row, os.getpid())
+    appear(other, engine.pid)
+    row.set(EngineWord.DEMAND_BYTES, 300 * UNIT)
+    clock.tick(100, row, other)
+    levels = [keeper.pressure.level]
+    keeper.set_budget(320 * UNIT)
+    assert clock.tick(2, row, other)
+    assert [*levels, keeper.pressure.level] == [PressureLevel.NORMAL, PressureLevel.ELEVATED]
+    keeper.set_budget(BUDGET)
+    row.set(EngineWord.DEMAND_BYTES, 0)
+    clock.tick(100, row, other)
+    row.set(EngineWord.DEMAND_BYTES, BUDGET)
+    clock.tick(2, row, other)
+    assert row.lease.limit_bytes == BUDGET - GUARANTEE
+    clock.tick(100, row, other)
+    processes.end(engine)
+    clock.until(lambda: other.state is RowState.FREE)
+    clock.tick(1, row)
+    assert row.lease.limit_bytes == BUDGET
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"guarantee": BUDGET + 1}, "ceiling"),
+        ({"guarantee": 0}, "0 < guarantee <= ceiling"),
+        ({"weight": 0.0}, "weight 0.0"),
+        ({"engine_id": "x" * 128}, "128 bytes; 1 to 127 fit"),
+        ({"engine_id": ""}, "0 bytes"),
+        ({"registrar_pid": 2**22 + 1}, "registrar_pid 4194305 is no process"),
+    ],
+)
+def test_impossible_terms_are_refused(keeper: LeaseKeeper, engine: dict[str, object], message: str) -> None:
+    """Terms that cannot work raise SettingsError with the cause, and leave the board as it was."""
+    with pytest.raises(SettingsError, match=message):
+        keeper.register(terms(**({"engine_id": "a"} | engine)))  # type: ignore[arg-type]
+    assert list(keeper.board.rows()) == []
+
+
+def test_guarantees_beyond_the_budget_are_refused(keeper: LeaseKeeper) -> None:
+    """One engine too many is refused with the numbers; those that are there keep what they have."""
+    row = keeper.register(terms("a", guarantee=600 * UNIT))
+    before = row.lease
+    with pytest.raises(SettingsError, match=f"need {1200 * UNIT} bytes.*is {BUDGET}"):
+        keeper.register(terms("b", guarantee=600 * UNIT))
+    assert row.lease == before
+    assert len(list(keeper.board.rows())) == 1
+
+
+def test_full_board_is_an_error(keeper: LeaseKeeper) -> None:
+    """More engines than rows raise SettingsError with the number of rows."""
+    for index in range(MAX_ROWS):
+        keeper.register(terms(str(index), guarantee=1))
+    with pytest.raises(SettingsError, match="32 engines share it"):
+        keeper.register(terms("one too many", guarantee=1))
+
+
+def test_budget_and_ceiling_have_a_floor(keeper: LeaseKeeper, clock: Clock) -> None:
+    """A budget below the guarantees and a ceiling below the guarantee are refused with what would fit."""
+    rows = [keeper.register(terms("a")), keeper.register(terms("b"))]
+    with pytest.raises(SettingsError, match=f"{2 * GUARANTEE} bytes or more"):
+        keeper.set_budget(2 * GUARANTEE - 1)
+    with pytest.raises(SettingsError, match=f"{GUARANTEE} bytes or more fit"):
+        keeper.set_ceiling("a", GUARANTEE - 1)
+    with pytest.raises(SettingsError, match=r"no engine c.*registered are: a, b"):
+        keeper.set_ceiling("c", BUDGET)
+    for row in rows:
+        appear(row, os.getpid())
+    keeper.set_ceiling("a", 200 * UNIT)
+    clock.tick(5, *rows)
+    assert [row.lease.limit_bytes for row in rows] == [200 * UNIT, 824 * UNIT]
+    keeper.set_budget(2 * GUARANTEE)
+    clock.tick(5, *rows)
+    assert [row.lease.limit_bytes for row in rows] == [GUARANTEE, GUARANTEE]

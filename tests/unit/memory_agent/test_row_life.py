@@ -1,0 +1,129 @@
+"""The life of a row, with real processes: registration, exits of engine, worker and registrar, unregistering."""
+
+import os
+
+from memory_agent.lease_board import EngineWord, RowState
+from memory_agent.lease_keeper import LeaseKeeper
+from tests.unit.memory_agent.board_players import BUDGET, Clock, Processes, appear, terms
+
+
+def test_dead_engine_gives_its_bytes_back(keeper: LeaseKeeper, clock: Clock, processes: Processes) -> None:
+    """The exit of a live engine clears its row, is counted, and its bytes are lent to the others."""
+    engine = processes.start()
+    dying, other = keeper.register(terms("a")), keeper.register(terms("b"))
+    appear(dying, engine.pid)
+    appear(other, os.getpid())
+    clock.tick(3, dying, other)
+    assert other.lease.limit_bytes == BUDGET // 2
+    processes.end(engine)
+    clock.until(lambda: dying.state is RowState.FREE)
+    clock.tick(2, other)
+    assert other.lease.limit_bytes == BUDGET
+    assert keeper.board.dead_engines == 1
+    assert [tenant.engine_id for tenant in keeper.tenants] == ["b"]
+
+
+def test_worker_that_lives_on_keeps_its_bytes(keeper: LeaseKeeper, clock: Clock, processes: Processes) -> None:
+    """After the scheduler process has died, nothing is lent while a worker may still hold the memory."""
+    engine, worker = processes.start(), processes.start()
+    dying, other = keeper.register(terms("a")), keeper.register(terms("b"))
+    appear(dying, engine.pid, workers=((worker.pid, 0),))
+    appear(other, os.getpid())
+    dying.set(EngineWord.DEMAND_BYTES, BUDGET)
+    other.set(EngineWord.DEMAND_BYTES, BUDGET)
+    clock.tick(5, dying, other)
+    assert dying.get(EngineWord.COMMITTED_BYTES) == BUDGET // 2
+    processes.end(engine)
+    clock.until(lambda: dying.state is RowState.LEAVING)
+    clock.tick(20, other)
+    assert other.lease.limit_bytes == BUDGET // 2
+    processes.end(worker)
+    clock.until(lambda: dying.state is RowState.FREE)
+    clock.tick(1, other)
+    assert other.lease.limit_bytes == BUDGET
+    assert keeper.board.dead_engines == 1
+
+
+def test_starting_row_dies_with_its_registrar(keeper: LeaseKeeper, clock: Clock, processes: Processes) -> None:
+    """A registrar that exits before its engine is up frees the row; once the engine is up its exit frees nothing."""
+    early, late = processes.start(), processes.start()
+    lost, safe = keeper.register(terms("a", early.pid)), keeper.register(terms("b", late.pid))
+    appear(safe, os.getpid())
+    clock.tick()
+    processes.end(early)
+    processes.end(late)
+    clock.until(lambda: lost.state is RowState.FREE)
+    clock.tick(5)
+    assert safe.state is RowState.LIVE
+    assert keeper.board.dead_engines == 1
+
+
+def test_engine_that_dies_right_after_it_appeared(keeper: LeaseKeeper, clock: Clock, processes: Processes) -> None:
+    """An engine whose process is gone before the agent first looks is noticed all the same."""
+    engine = processes.start()
+    row = keeper.register(terms("a"))
+    processes.end(engine)
+    appear(row, engine.pid)
+    clock.tick(2)
+    assert row.state is RowState.FREE
+    assert keeper.board.dead_engines == 1
+
+
+def test_unregistered_engine_is_no_death(keeper: LeaseKeeper, clock: Clock, processes: Processes) -> None:
+    """After unregister the bytes stay reserved until the process has exited, and that exit is not counted."""
+    engine = processes.start()
+    leaving, other = keeper.register(terms("a")), keeper.register(terms("b"))
+    appear(leaving, engine.pid)
+    appear(other, os.getpid())
+    clock.tick(3, leaving, other)
+    keeper.unregister("a")
+    keeper.unregister("a")
+    clock.tick(20, other)
+    assert (leaving.state, other.lease.limit_bytes) == (RowState.LEAVING, BUDGET // 2)
+    processes.end(engine)
+    clock.until(lambda: leaving.state is RowState.FREE)
+    clock.tick(1, other)
+    assert (other.lease.limit_bytes, keeper.board.dead_engines) == (BUDGET, 0)
+
+
+def test_unregistered_before_it_came_up(keeper: LeaseKeeper) -> None:
+    """A row that never saw its engine is free at once, and the same engine may register again."""
+    row = keeper.register(terms("a"))
+    keeper.unregister("a")
+    assert row.state is RowState.FREE
+    assert keeper.register(terms("a")).state is RowState.STARTING
+
+
+def test_next_life_of_an_engine_does_not_inherit_a_dying_row(keeper: LeaseKeeper, processes: Processes) -> None:
+    """An engine that registers again right after its process died gets a fresh row, before any tick has noticed."""
+    engine = processes.start()
+    row = keeper.register(terms("a"))
+    appear(row, engine.pid)
+    keeper.tick(1.0)
+    processes.end(engine)
+    fresh = keeper.register(terms("a"))
+    assert (fresh.state, fresh.get(EngineWord.PID)) == (RowState.STARTING, 0)
+    assert len(keeper.tenants) == 1
+
+
+def test_freed_row_has_no_ties_to_its_old_processes(keeper: LeaseKeeper, clock: Clock, processes: Processes) -> None:
+    """The exit of a process that once belonged to a row does nothing to the row, free or let anew."""
+    old = processes.start()
+    before = len(os.listdir("/proc/self/fd"))
+    row = keeper.register(terms("a", old.pid))
+    keeper.unregister("a")
+    assert len(os.listdir("/proc/self/fd")) == before
+    processes.end(old)
+    clock.tick(3)
+    assert keeper.register(terms("b")).index == row.index
+    clock.tick(3)
+    assert (row.engine_id, row.state, keeper.board.dead_engines) == ("b", RowState.STARTING, 0)
+
+
+def test_same_engine_registers_while_its_old_process_leaves(keeper: LeaseKeeper, clock: Clock) -> None:
+    """A row on its way out is not handed to the next life of the same engine."""
+    old = keeper.register(terms("a"))
+    appear(old, os.getpid())
+    clock.tick()
+    keeper.unregister("a")
+    assert keeper.register(terms("a")).index != old.index

@@ -1,0 +1,201 @@
+"""An elastic engine without a model, in this process: vLLM's real scheduler and block pool, our connector's two sides,
+workers with real memory. Tokens mean nothing; memory, leases, waiting and preemption are those of a real engine."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from memory_agent.lease_board import LIMIT_UNIT_BYTES, AgentWord, EngineWord, Lease, LeaseBoard
+from replicas import kv_memory
+from replicas.elastic_scheduler import ElasticScheduler
+from replicas.engine_config import build_vllm_config
+from replicas.kv_geometry import kv_geometry
+from replicas.kv_memory import KvMemory
+from replicas.kv_moves import KvAcks, KvHandshake, KvMoves
+from replicas.spec import EngineSpec
+from tests.unit.memory_agent.failing_host_vmm import FailingHostVmm
+
+BLOCK_TOKENS, LAYERS = 32, 4
+BLOCK_BYTES = LIMIT_UNIT_BYTES  # layers x (K, V) x 64 floats x tokens
+LONGEST_TOKENS = 512
+LONGEST_BLOCKS = LONGEST_TOKENS // BLOCK_TOKENS
+GUARANTEE_BLOCKS = LONGEST_BLOCKS + 2
+REST_BLOCKS = 2
+STEP_S = 0.01
+
+
+class Clock:
+    """Seconds of a simulated monotonic clock; every engine of a test shares one."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def modelless_spec(folder: Path, ranks: int = 1, ceiling_blocks: int = 64) -> EngineSpec:
+    """Settings of an engine whose model is a configuration in ``folder`` and nothing else."""
+    model = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "vocab_size": 128}
+    sizes = {"num_hidden_layers": LAYERS, "num_attention_heads": 1, "max_position_embeddings": LONGEST_TOKENS}
+    (folder / "config.json").write_text(json.dumps(model | sizes))
+    return EngineSpec(
+        model_name="none",
+        model_path=str(folder),
+        max_model_len=LONGEST_TOKENS,
+        kv_ceiling_bytes=ceiling_blocks * BLOCK_BYTES,
+        kv_rest_bytes=REST_BLOCKS * BLOCK_BYTES,
+        kv_guarantee_bytes=ranks * GUARANTEE_BLOCKS * BLOCK_BYTES,
+        weights_bytes=1,
+        dtype="float32",
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        engine_args={"block_size": BLOCK_TOKENS, "skip_tokenizer_init": True, "enforce_eager": True},
+    )
+
+
+class ModellessEngine:
+    """See the module. ``vmm`` of each rank fails on purpose where its plan says so.
+
+    Args:
+        board, row: where its lease is; the row must have one.
+        clock: moves on by STEP_S with each step.
+    """
+
+    def __init__(self, board: Path, row: int, clock: Clock, spec: EngineSpec, ranks: int = 1) -> None:
+        self.clock = clock
+        self.row = LeaseBoard.open(board).row(row)
+        self.finished: set[str] = set()
+        config = build_vllm_config(spec, str(board), row)
+        config.cache_config.kv_cache_layout = "LBHNC"
+        layer = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=64, dtype=torch.float32)
+        [cache] = get_kv_cache_configs(config, [{f"layers.{i}": layer for i in range(LAYERS)}], [spec.kv_ceiling_bytes])
+        config.cache_config.num_gpu_blocks = cache.num_blocks
+        self.scheduler = ElasticScheduler(
+            vllm_config=config,
+            kv_cache_config=cache,
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=BLOCK_TOKENS,
+        )
+        init_none_hash(sha256)
+        self._hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
+        self.vmms: list[FailingHostVmm] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kv_memory, "HostVmm", self._make_vmm)
+            self.ranks = [KvMemory(kv_geometry(cache), REST_BLOCKS * BLOCK_BYTES) for _ in range(ranks)]
+        connector = self.scheduler.connector
+        assert connector is not None
+        connector.set_xfer_handshake_metadata_pp_aware({(0, at): _handshake(one) for at, one in enumerate(self.ranks)})
+        self.kv = self.scheduler._kv
+        self.kv._clock = clock
+
+    def _make_vmm(self, name: str, max_bytes: int) -> FailingHostVmm:
+        self.vmms.append(FailingHostVmm(name, max_bytes))
+        return self.vmms[-1]
+
+    def set_limit(self, blocks: int) -> None:
+        """Play the agent: a new lease of so many blocks on every rank, with the next revision."""
+        limit_bytes = blocks * BLOCK_BYTES * len(self.ranks)
+        self.row.set(AgentWord.TARGET_BYTES, limit_bytes)
+        self.row.set(AgentWord.LEASE, Lease(limit_bytes, self.row.lease.revision + 1).pack())
+
+    def ask(self, request_id: str, prompt: int, tokens: int) -> None:
+        """A request of ``prompt`` tokens of its own for ``tokens`` tokens."""
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        ids = [(hash(request_id) + i) % 127 for i in range(prompt)]
+        self.scheduler.add_request(Request(request_id, ids, params, None, block_hasher=self._hasher))
+
+    def step(self) -> None:
+        """One step of engine core and workers, as vLLM runs it."""
+        self.clock.now_s += STEP_S
+        if not self.scheduler.has_requests():
+            return
+        planned = self.scheduler.schedule()
+        moves = planned.kv_connector_metadata
+        assert isinstance(moves, KvMoves)
+        acks = [memory.apply(moves) for memory in self.ranks] if moves.sequence else []
+        output = KVConnectorOutput(kv_connector_worker_meta=KvAcks(acks, []))
+        answers = self.scheduler.update_from_output(planned, self._compute(planned, output))
+        for outputs in answers.values():
+            self.finished |= {one.request_id for one in outputs.outputs if one.finished}
+
+    def _compute(self, planned: SchedulerOutput, output: KVConnectorOutput) -> ModelRunnerOutput:
+        """A token for each request whose prompt is computed."""
+        ids = list(planned.num_scheduled_tokens)
+        requests = [self.scheduler.requests[request_id] for request_id in ids]
+        tokens = [[7] if one.num_computed_tokens >= one.num_tokens else [] for one in requests]
+        return ModelRunnerOutput(
+            req_ids=ids,
+            req_id_to_index={request_id: at for at, request_id in enumerate(ids)},
+            sampled_token_ids=tokens,
+            kv_connector_output=output,
+        )
+
+    def run(self, steps: int = 5000) -> None:
+        """Steps until every request has finished; an AssertionError where ``steps`` do not suffice."""
+        for _ in range(steps):
+            if not self.scheduler.has_unfinished_requests():
+                return
+            self.step()
+        raise AssertionError(f"{self.scheduler.get_request_counts()} requests run and wait after {steps} steps")
+
+    def settle(self, seconds: float = 10.0) -> None:
+        """Idle for ``seconds``, stepping when the engine has work, as its replica would see to."""
+        for _ in range(round(seconds / STEP_S)):
+            self.step()
+
+    @property
+    def held_bytes(self) -> int:
+        """By the operating system, over all ranks."""
+        return sum(vmm.held_bytes() for vmm in self.vmms)
+
+    @property
+    def held_blocks(self) -> int:
+        return self.held_bytes // (BLOCK_BYTES * len(self.ranks))
+
+    def word(self, word: EngineWord) -> int:
+        return self.row.get(word)
+
+    def close(self) -> None:
+        self.scheduler.shutdown()
+        for vmm in self.vmms:
+            vmm.close()
+
+    def check(self) -> None:
+        """Every book balances: vLLM's blocks, each rank's balloon, and the board with the operating system."""
+        self.kv.parking.check_conservation()
+        for memory in self.ranks:
+            memory.check_conservation()
+        assert self.held_bytes <= self.word(EngineWord.COMMITTED_BYTES)
+
+
+def _handshake(memory: KvMemory) -> KvHandshake:
+    return KvHandshake(
+        pid=os.getpid(), memory_fd=memory.fd, chunk_bytes=memory.chunk_bytes, mapped_extents=sorted(memory.mapped)
+    )
+
+
+@contextmanager
+def modelless_engine(folder: Path, spec: EngineSpec | None = None, ranks: int = 1) -> Iterator[ModellessEngine]:
+    """One engine with a board of its own; the test plays the agent. Its lease is the guarantee at first."""
+    board, spec = folder / "board", spec or modelless_spec(folder, ranks)
+    row = LeaseBoard.create(board, ranks * spec.kv_ceiling_bytes).row(0)
+    row.set(AgentWord.LEASE, Lease(spec.kv_guarantee_bytes, 1).pack())
+    engine = ModellessEngine(board, 0, Clock(), spec, ranks)
+    try:
+        yield engine
+    finally:
+        engine.close()
