@@ -18,6 +18,7 @@ from cluster.bench.command import bench
 from cluster.config import ClusterConfig, ModelConfig
 from cluster.config_file import ConfigError, example_config, load_config, validated
 from cluster.default_model import DefaultModelError, get_default_model
+from cluster.models_command import models_app
 from cluster.readiness import NoAnswer, read_status
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ config_app = typer.Typer(help="Write and check configuration files.", no_args_is
 app.add_typer(config_app, name="config")
 model_app = typer.Typer(help="The default model.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+app.add_typer(models_app, name="models")
 app.command()(bench)
 
 _WATCH_S = 1.0
@@ -75,7 +77,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print the snapshot as JSON.")] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again every second, until Ctrl-C.")] = False,
 ) -> None:
-    """Show nodes, devices, replicas, memory by owner, requests and pressure."""
+    """Show nodes, devices, models, replicas, memory by owner, requests and pressure."""
     try:
         while True:
             _show(read_status(url), as_json, clear=watch and not as_json)
