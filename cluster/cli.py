@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -164,7 +163,7 @@ def _serve(settings: ClusterConfig) -> NoReturn:
     try:
         cluster.start()
         typer.echo(_welcome(cluster.url, settings.models[0]))
-        threading.Event().wait()  # for a signal
+        cluster.wait()
     except LaunchError as error:
         typer.echo(f"error: {error}", err=True)
         code = 1

@@ -39,6 +39,7 @@ _POLL_S = 0.5
 _SAY_AGAIN_S = 15.0
 _STOP_PATIENCE_S = 10.0
 _UNDO_TIMEOUT_S = 30.0
+_NOTE_PERIOD_S = 30.0
 
 Report = Callable[[str, float, str], None]
 """Called with a stage's name, the seconds since it began, and a line of text."""
@@ -101,6 +102,13 @@ class LocalCluster:
         except BaseException:
             self.stop()
             raise
+
+    def wait(self) -> None:
+        """Until this thread is interrupted: models that are added later map shared memory too, which is noted."""
+        while True:
+            time.sleep(_NOTE_PERIOD_S)
+            if self.footprint is not None:
+                self.footprint.note_segments()
 
     def stop(self) -> None:
         """Stop what was started, in reverse order; a KeyboardInterrupt skips to killing. Safe to call twice."""

@@ -22,7 +22,6 @@ from cluster.model_set import (
     ModelEntry,
     ModelPhase,
     ModelSet,
-    UnknownModelError,
     new_entry,
     set_from_json,
 )
@@ -158,8 +157,7 @@ class ModelKeeper:
         """The model's row of ``listing`` and the lines of its story. Raises UnknownModelError."""
         row = next((row for row in self.listing() if row["name"] == name), None)
         if row is None:
-            self.models.get(name)
-            raise UnknownModelError(name)
+            raise self.models.unknown(name)
         story = self._stories.get(name)
         return row | {"lines": list(story.lines) if story else []}
 
@@ -175,7 +173,7 @@ class ModelKeeper:
             for entry in self.models.entries:
                 await self._step(entry, apps.get(entry.name), ingresses)
             await self._apply_limits()
-        except FleetAwayError as error:
+        except (FleetAwayError, SettingsError) as error:
             logger.info("models: looking again later: %s", error)
 
     async def _step(self, entry: ModelEntry, app: AppState | None, ingresses: list[IngressState]) -> None:

@@ -120,8 +120,12 @@ class ModelSet:
         for entry in self.entries:
             if entry.name == name:
                 return entry
+        raise self.unknown(name)
+
+    def unknown(self, name: str) -> UnknownModelError:
+        """What to raise for a name that is not in the set."""
         known = ", ".join(entry.name for entry in self.entries) or "none"
-        raise UnknownModelError(f"no model {name!r} in this cluster; its models are: {known}")
+        return UnknownModelError(f"no model {name!r} in this cluster; its models are: {known}")
 
     def check_new(self, config: ModelConfig) -> None:
         """Raises ModelConflictError where a model cannot be added whatever its size."""

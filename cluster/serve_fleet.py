@@ -100,7 +100,7 @@ class ServeFleet:
         except RayTaskError as error:
             if isinstance(error.cause, SettingsError):
                 raise error.cause from error
-            raise
+            raise FleetAwayError(f"the memory agent failed: {error.cause}") from error
         except (RayError, TimeoutError) as error:
             raise FleetAwayError(f"the memory agent is away ({type(error).__name__})") from error
 

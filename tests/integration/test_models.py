@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import ray
-from typer.testing import CliRunner
 
-from cluster.cli import app
 from cluster.default_model import get_default_model
 from cluster.registry_link import MODELS_NAME
 from memory_agent.controller_link import NAMESPACE
@@ -25,8 +25,9 @@ TOKENS = 40
 
 def ellm(url: str, *arguments: str) -> tuple[int, str]:
     """Exit status and everything printed of ``ellm models``."""
-    result = CliRunner().invoke(app, ["models", *arguments, "--url", url])
-    return result.exit_code, result.output
+    command = [sys.executable, "-m", "cluster.cli", "models", *arguments, "--url", url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return done.returncode, done.stdout + done.stderr
 
 
 def listing(url: str) -> dict[str, dict[str, Any]]:
