@@ -135,8 +135,7 @@ class ModelKeeper:
         entry = self.models.get(name)
         now, own = entry.limits_now, entry.own_limits
         guarantee, ceiling = wanted.get("guarantee", now.guarantee_bytes), wanted.get("ceiling", now.ceiling_bytes)
-        limits = Limits(guarantee or own.guarantee_bytes, ceiling or own.ceiling_bytes)
-        self._store(self.models.limit(name, limits))
+        self._store(self.models.limit(name, Limits(guarantee or own.guarantee_bytes, ceiling or own.ceiling_bytes)))
 
     # What there is
 
@@ -213,13 +212,16 @@ class ModelKeeper:
     async def _apply_limits(self) -> None:
         """Bring every engine to the limits that are set for its model. Those that do not fit yet, because others have
         to be lowered first, are applied next time."""
-        for entry in self.models.entries:
-            for engine in self._engines_of(entry) if entry.limits else ():
-                if Limits(engine.guarantee_bytes, engine.ceiling_bytes) != entry.limits_now:
-                    try:
-                        await self._fleet.set_limits(engine.engine_id, entry.limits_now)
-                    except SettingsError as error:
-                        logger.info("limits of %s have to wait: %s", engine.engine_id, error)
+        for entry in [entry for entry in self.models.entries if entry.limits]:
+            engines = self._engines_of(entry)
+            other = [one.engine_id for one in engines if Limits(one.guarantee_bytes, one.ceiling_bytes) != entry.limits]
+            for engine_id in other:
+                try:
+                    await self._fleet.set_limits(engine_id, entry.limits_now)
+                except SettingsError as error:
+                    logger.info("limits of %s have to wait: %s", engine_id, error)
+            if not other and entry.limits == entry.own_limits and entry in self.models.entries:
+                self._store(self.models.unlimited(entry.name))  # engines register with these by themselves
 
     async def _admit(self, config: ModelConfig) -> None:
         """Find, read and size a model, and put it into the set."""

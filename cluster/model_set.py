@@ -168,6 +168,10 @@ class ModelSet:
         _check_limits(entry, limits, self.budget_bytes, self.promised_bytes - entry.promised_bytes)
         return self._with(replace(entry, limits=limits))
 
+    def unlimited(self, name: str) -> "ModelSet":
+        """With the limits with which the model's engines register. Raises UnknownModelError."""
+        return self._with(replace(self.get(name), limits=None))
+
     def moved(self, name: str, phase: ModelPhase) -> "ModelSet":
         """With the model in another phase. Raises UnknownModelError."""
         return self._with(replace(self.get(name), phase=phase))

@@ -203,6 +203,7 @@ async def test_limits_reach_every_replica(keeper: ModelKeeper, fleet: FakeFleet)
     await settle(keeper)
     assert [engine.guarantee_bytes for engine in fleet.engines.values()] == [LEAST] * 3
     assert [engine.ceiling_bytes for engine in fleet.engines.values()] == [GIB] * 3
+    assert keeper.models.get("a").limits is None, "engines register with these by themselves"
     limited = len(fleet.calls)
     await settle(keeper)
     assert len(fleet.calls) == limited, "nothing is left to change"
