@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from cluster.core_client import ClusterCore
+from cluster.model_table import ModelTable
 
 
 def stat_logger_in(registry: CollectorRegistry) -> type[PrometheusStatLogger]:
@@ -33,8 +33,8 @@ def stat_logger_in(registry: CollectorRegistry) -> type[PrometheusStatLogger]:
 class CoreCollector(Collector):
     """Our metrics of the models' cores, read when they are scraped."""
 
-    def __init__(self, cores: dict[str, ClusterCore]) -> None:
-        self._cores = cores
+    def __init__(self, table: ModelTable) -> None:
+        self._table = table
 
     def collect(self) -> Iterable[Metric]:
         by = ["model_name"]
@@ -43,10 +43,11 @@ class CoreCollector(Collector):
         retried = CounterMetricFamily(
             "ellm_requests_retried", "Requests sent again before their first token.", labels=by
         )
-        for model, core in self._cores.items():
-            reachable.add_metric([model], core.reachable)
-            in_flight.add_metric([model], core.in_flight)
-            retried.add_metric([model], core.retried)
+        for model in self._table.routed:
+            core = model.engine.engine_core
+            reachable.add_metric([model.name], core.reachable)
+            in_flight.add_metric([model.name], core.in_flight)
+            retried.add_metric([model.name], core.retried)
         return [reachable, in_flight, retried]
 
 
@@ -67,12 +68,14 @@ class MergedRegistry(CollectorRegistry):
 
 
 class MetricsEndpoint:
-    """The handler of GET /metrics."""
+    """The handler of GET /metrics: the process, and every model that takes requests."""
 
-    def __init__(self, registries: Sequence[CollectorRegistry], cores: dict[str, ClusterCore]) -> None:
-        ours = CollectorRegistry()
-        ours.register(CoreCollector(cores))
-        self._merged = MergedRegistry([REGISTRY, *registries, ours])
+    def __init__(self, table: ModelTable) -> None:
+        self._table = table
+        self._ours = CollectorRegistry()
+        self._ours.register(CoreCollector(table))
 
     async def __call__(self, request: Request) -> Response:
-        return Response(generate_latest(self._merged), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        models = (model.metrics for model in self._table.routed)
+        merged = MergedRegistry([REGISTRY, *models, self._ours])
+        return Response(generate_latest(merged), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -1,20 +1,18 @@
-"""The Ray Serve application: one deployment of engine replicas for each model, and the ingress that serves the API
-over them.
+"""The Ray Serve applications: one with the ingress that serves the API, one for each model with its engine replicas.
 
-    build_app(config, specs, agent_spec) -> Application
-        ApiIngress                       vLLM's OpenAI server, a ClusterEngine for each model
-        engine:<model> x replicas        EngineReplica, behind our request router
+    ellm             ApiIngress                vLLM's OpenAI server, a ClusterEngine for each model
+    ellm-model:<m>   EngineReplica x replicas  behind our request router
 
-vLLM is imported in the replicas, not here: the process that deploys the application does without.
+Models come and go by their applications; the ingress follows the registry (``cluster.model_registry``). vLLM is
+imported in the replicas, not here: the process that deploys an application does without.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from ray import serve
 from ray.serve.config import RequestRouterConfig
-from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
 
@@ -24,14 +22,20 @@ from replicas.replica import EngineReplica
 from replicas.spec import EngineSpec
 
 if TYPE_CHECKING:
-    from cluster.config import ClusterConfig
+    from cluster.config import ModelConfig
+    from cluster.model_plan import IngressState
+    from cluster.model_table import ModelTable
     from memory_agent.agent import AgentSpec
 
+APP_NAME = "ellm"
+API_DEPLOYMENT = "api"
+MODEL_APPS = "ellm-model:"
+ENGINE_DEPLOYMENT = "engine"
 REPLICA_REQUEST_LIMIT = 1024
 """Requests one replica takes at once, running and waiting; more are refused with 503 while a response can still
 carry it."""
 INGRESS_REQUEST_LIMIT = 8192
-REPLICA_CPUS = 0.1
+REPLICA_CPUS = 0.01
 """A share for Ray's bookkeeping only: what an engine's threads use is in its environment."""
 SHUTDOWN_TIMEOUT_S = 20.0
 _QUIET = LoggingConfig(enable_access_log=False)
@@ -47,24 +51,16 @@ class ApiModel:
     reasoning_parser: str | None
 
 
-def build_app(
-    config: "ClusterConfig", specs: Sequence[EngineSpec], agent_spec: "AgentSpec | None"
-) -> serve.Application:
-    """The application for ``serve.run``.
+def model_app_name(model: str) -> str:
+    """The application of a model; ``urllib.parse.unquote`` gives the model's name back."""
+    return MODEL_APPS + quote(model, safe="")
 
-    Args:
-        specs: one for each of config.models, in their order.
-        agent_spec: the memory agent that elastic engines register with; None where no engine is elastic.
-    """
-    models, engines = [], []
-    replicas = sum(model.replicas for model in config.models)
-    for model, spec in zip(config.models, specs, strict=True):
-        models.append(ApiModel(spec, model.replicas, model.tool_call_parser, model.reasoning_parser))
-        deployment = _engine_deployment(spec, model.replicas, engine_environment(spec, replicas))
-        engines.append(deployment.bind(spec, agent_spec if spec.elastic else None))
+
+def build_api_app(ingress_replicas: int) -> serve.Application:
+    """The API over all models of the registry."""
     ingress = serve.deployment(
-        name="api",
-        num_replicas=config.http.ingress_replicas,
+        name=API_DEPLOYMENT,
+        num_replicas=ingress_replicas,
         max_ongoing_requests=INGRESS_REQUEST_LIMIT,
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
@@ -72,13 +68,26 @@ def build_app(
         logging_config=_QUIET,
         ray_actor_options={"num_cpus": REPLICA_CPUS},
     )(serve.ingress()(ApiIngress))
-    return ingress.bind(models, engines)
+    return ingress.bind()
 
 
-def _engine_deployment(spec: EngineSpec, replicas: int, environment: dict[str, str]) -> Any:
+def build_model_app(
+    spec: EngineSpec, config: "ModelConfig", engines: int, agent_spec: "AgentSpec | None"
+) -> serve.Application:
+    """The engine replicas of one model.
+
+    Args:
+        engines: replicas of all models on this host: they share its cores.
+        agent_spec: the memory agent that elastic engines register with; None where no engine is elastic.
+    """
+    deployment = _engine_deployment(config.replicas, engine_environment(spec, engines))
+    return deployment.bind(spec, agent_spec if spec.elastic else None)  # type: ignore[no-any-return]
+
+
+def _engine_deployment(replicas: int, environment: dict[str, str]) -> Any:
     routing = RequestRouterConfig(request_router_class=PressureRouter)  # type: ignore[arg-type]  # typed as for JSON
     return serve.deployment(
-        name=f"engine:{spec.model_name.replace('/', '--')}",
+        name=ENGINE_DEPLOYMENT,
         num_replicas=replicas,
         max_ongoing_requests=REPLICA_REQUEST_LIMIT,
         max_constructor_retry_count=1,
@@ -93,14 +102,21 @@ def _engine_deployment(spec: EngineSpec, replicas: int, environment: dict[str, s
 
 
 class ApiIngress:
-    """Serves the API. Ray Serve builds one for each ingress replica; it is ready when a replica of each model is."""
+    """Serves the API. Ray Serve builds one for each ingress replica; it is ready when it has every model that the
+    cluster serves already."""
 
-    def __init__(self, models: list[ApiModel], engines: list[DeploymentHandle[Any]]) -> None:
-        self._models = models
-        self._engines = engines
+    def __init__(self) -> None:
+        self._table: ModelTable | None = None
 
     async def __serve_build_asgi_app__(self) -> Starlette:
         """Called by Ray Serve once, on the event loop that will serve requests."""
         from cluster.ingress import build_ingress
 
-        return await build_ingress(self._models, self._engines, REPLICA_REQUEST_LIMIT)
+        self._table, api = await build_ingress(REPLICA_REQUEST_LIMIT)
+        return api
+
+    async def model_state(self) -> "IngressState":
+        """Asked by the registry: the models of this process."""
+        if self._table is None:
+            raise RuntimeError("the API is still being built")
+        return self._table.state()

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -18,6 +17,7 @@ from cluster.bench.command import bench
 from cluster.config import ClusterConfig, ModelConfig
 from cluster.config_file import ConfigError, example_config, load_config, validated
 from cluster.default_model import DefaultModelError, get_default_model
+from cluster.models_command import models_app
 from cluster.readiness import NoAnswer, read_status
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ config_app = typer.Typer(help="Write and check configuration files.", no_args_is
 app.add_typer(config_app, name="config")
 model_app = typer.Typer(help="The default model.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+app.add_typer(models_app, name="models")
 app.command()(bench)
 
 _WATCH_S = 1.0
@@ -75,7 +76,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print the snapshot as JSON.")] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again every second, until Ctrl-C.")] = False,
 ) -> None:
-    """Show nodes, devices, replicas, memory by owner, requests and pressure."""
+    """Show nodes, devices, models, replicas, memory by owner, requests and pressure."""
     try:
         while True:
             _show(read_status(url), as_json, clear=watch and not as_json)
@@ -162,7 +163,7 @@ def _serve(settings: ClusterConfig) -> NoReturn:
     try:
         cluster.start()
         typer.echo(_welcome(cluster.url, settings.models[0]))
-        threading.Event().wait()  # for a signal
+        cluster.wait()
     except LaunchError as error:
         typer.echo(f"error: {error}", err=True)
         code = 1

@@ -93,8 +93,13 @@ class ModelConfig(_Section):
     """Most requests that one replica runs at once."""
     max_num_batched_tokens: int = Field(default=2048, ge=1)
     """Most tokens that one step of a replica computes; longer prompts are computed in chunks."""
+    guarantee: Size = None
+    """Bytes of memory.budget that one replica can always get. auto: what one longest request needs."""
     kv_ceiling: Size = None
     """Most KV bytes that one replica can ever hold, inside memory.budget. auto: the whole budget."""
+    weight: float = Field(default=1.0, ge=0.001, le=1e6)
+    """Part of what several replicas want at once, beyond their guarantees, and of what nobody wants, against others'
+    weights."""
     elastic: bool = True
     """false: plain vLLM with kv_ceiling of KV memory held all the time, beside memory.budget. auto is then two longest
     requests."""

@@ -2,11 +2,9 @@
 
 import asyncio
 from argparse import Namespace
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry
-from ray.serve.handle import DeploymentHandle
+from ray import serve
 from starlette.applications import Starlette
 from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -15,35 +13,34 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from cluster.api import ServedModel, build_api
+from cluster.api import build_api
 from cluster.api_metrics import MetricsEndpoint, stat_logger_in
+from cluster.app import ENGINE_DEPLOYMENT, ApiModel, model_app_name
 from cluster.core_client import ClusterCore
 from cluster.engine import ClusterEngine, check_upstream
+from cluster.model_table import ModelTable, ServedModel
+from cluster.registry_link import RegistryFollower
 from replicas.engine_config import build_engine_args
 from replicas.replica import ReplicaInfo
 
-if TYPE_CHECKING:
-    from cluster.app import ApiModel
 
-
-async def build_ingress(
-    models: "Sequence[ApiModel]", engines: Sequence[DeploymentHandle[Any]], replica_limit: int
-) -> Starlette:
-    """The application over ``engines``, one handle for each of ``models``. Waits for a replica of each.
+async def build_ingress(replica_limit: int) -> tuple[ModelTable, Starlette]:
+    """The models of the registry, kept up to date while the application runs, and the application over them. Waits for
+    the models that are served already.
 
     Args:
         replica_limit: requests that one replica takes at once.
 
-    Raises UpstreamChangedError for another vLLM than the supported one, and what vLLM raises for settings it refuses.
+    Raises UpstreamChangedError for another vLLM than the supported one.
     """
     check_upstream()
-    registries = [CollectorRegistry() for _ in models]
-    each = zip(models, engines, registries, strict=True)
-    served = await asyncio.gather(*(_serve(*parts, replica_limit) for parts in each))
-    return build_api(served, MetricsEndpoint(registries, {model.name: model.engine.engine_core for model in served}))
+    table = ModelTable(lambda model: _serve(model, replica_limit))
+    follower = RegistryFollower(table)
+    await table.until_ready(await follower.first())
+    return table, build_api(table, MetricsEndpoint(table), follower.run)
 
 
-def vllm_args(model: "ApiModel") -> Namespace:
+def vllm_args(model: ApiModel) -> Namespace:
     """vLLM's server arguments: its defaults but for what the cluster decides."""
     line = ["--model", model.spec.model_path, "--served-model-name", model.spec.model_name]
     line += ["--enable-server-load-tracking"]
@@ -55,19 +52,22 @@ def vllm_args(model: "ApiModel") -> Namespace:
     return args
 
 
-async def _serve(
-    model: "ApiModel", handle: DeploymentHandle[Any], registry: CollectorRegistry, replica_limit: int
-) -> ServedModel:
+async def _serve(model: ApiModel, replica_limit: int) -> ServedModel:
+    """One model's engine and API. Raises what vLLM raises for settings it refuses."""
     config = build_engine_args(model.spec).create_engine_config(UsageContext.OPENAI_API_SERVER)
     args = vllm_args(model)
+    handle = await asyncio.to_thread(
+        serve.get_deployment_handle, ENGINE_DEPLOYMENT, model_app_name(model.spec.model_name)
+    )
     info: ReplicaInfo = await handle.info.remote()
     _learn(config, info)
     core = ClusterCore(model.spec.model_name, handle, info, model.replicas, replica_limit)
+    registry = CollectorRegistry()
     engine = ClusterEngine(config, core, [stat_logger_in(registry)])
     tasks = await engine.get_supported_tasks()
     app = build_vllm_app(args, tasks, engine.model_config)
     await init_app_state(engine, app.state, args, tasks)
-    return ServedModel(model.spec.model_name, engine, app)
+    return ServedModel(model.spec.model_name, engine, app, registry, handle.shutdown_async)
 
 
 def _learn(config: VllmConfig, info: ReplicaInfo) -> None:

@@ -11,9 +11,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from cluster.config import ClusterConfig, ModelConfig
 from cluster.default_model import DefaultModelError
@@ -27,11 +28,10 @@ from cluster.sizing import GIB, MIB, Sizing, plan_sizes
 from memory_agent.errors import SettingsError
 
 if TYPE_CHECKING:
-    from ray.serve.schema import ApplicationStatusOverview
+    from cluster.model_set import ModelSet
 
-    from memory_agent.agent import AgentSpec
-
-APP_NAME = "ellm"
+_RAY_CPUS = 2
+"""Only Ray's bookkeeping here, a hundredth an actor. Not the machine's: Ray starts as many idle workers."""
 _OBJECT_STORE_BYTES = 128 * MIB
 _DEVICE = "cpu"
 _CONTROL_TIMEOUT_S = 60.0
@@ -39,6 +39,7 @@ _POLL_S = 0.5
 _SAY_AGAIN_S = 15.0
 _STOP_PATIENCE_S = 10.0
 _UNDO_TIMEOUT_S = 30.0
+_NOTE_PERIOD_S = 30.0
 
 Report = Callable[[str, float, str], None]
 """Called with a stage's name, the seconds since it began, and a line of text."""
@@ -90,10 +91,10 @@ class LocalCluster:
                 self._start_ray(self.footprint)
                 say(f"local cluster {self.footprint.cluster_id}")
             with self._stage("control") as say:
-                agent_spec = self._start_control(sizing, self.footprint)
+                registry = self._start_control(sizing, self.footprint)
                 say("memory agent and controller are up")
             with self._stage("replicas") as say:
-                self._start_replicas(sizing, agent_spec, say)
+                self._start_replicas(registry, say)
                 self.footprint.note_segments()
             with self._stage("ready") as say:
                 for model in self.config.models:
@@ -101,6 +102,13 @@ class LocalCluster:
         except BaseException:
             self.stop()
             raise
+
+    def wait(self) -> None:
+        """Until this thread is interrupted: models that are added later map shared memory too, which is noted."""
+        while True:
+            time.sleep(_NOTE_PERIOD_S)
+            if self.footprint is not None:
+                self.footprint.note_segments()
 
     def stop(self) -> None:
         """Stop what was started, in reverse order; a KeyboardInterrupt skips to killing. Safe to call twice."""
@@ -169,53 +177,59 @@ class LocalCluster:
         from cluster.local_ray import start_ray, stop_ray
 
         self._undo.append(("ray", stop_ray))
-        actors = sum(model.replicas for model in self.config.models) + self.config.http.ingress_replicas
-        # CPUs are only Ray's bookkeeping here, a tenth an actor. Not the machine's: Ray starts as many idle workers.
-        start_ray(footprint, num_cpus=2 + actors // 10, object_store_bytes=_OBJECT_STORE_BYTES)
+        start_ray(footprint, num_cpus=_RAY_CPUS, object_store_bytes=_OBJECT_STORE_BYTES)
 
-    def _start_control(self, sizing: Sizing, footprint: Footprint) -> "AgentSpec | None":
-        """The controller and, where an engine is elastic, the memory agent. Waits until both answer."""
+    def _start_control(self, sizing: Sizing, footprint: Footprint) -> Any:
+        """The controller and, where an engine is elastic, the memory agent. Waits until both answer. Returns the model
+        registry, which goes on starting meanwhile."""
         import ray
 
         from cluster.controller import ensure_controller
+        from cluster.model_registry import RegistrySpec, ensure_registry
         from memory_agent.agent import AgentSpec, ensure_agent
 
+        models = _initial_models(self.config, sizing)
+        registry = ensure_registry(RegistrySpec(footprint.cluster_id, _DEVICE, self.config), models)
         waiting = [ensure_controller(self.config.controller).snapshot.remote()]
-        agent_spec = None
         if sizing.budget_bytes:
             agent_spec = AgentSpec(cluster_id=footprint.cluster_id, device=_DEVICE, budget_bytes=sizing.budget_bytes)
             waiting.append(ensure_agent(agent_spec).describe.remote())
         ray.get(waiting, timeout=_CONTROL_TIMEOUT_S)
-        return agent_spec
+        return registry
 
-    def _start_replicas(self, sizing: Sizing, agent_spec: "AgentSpec | None", say: Callable[[str], None]) -> None:
+    def _start_replicas(self, registry: Any, say: Callable[[str], None]) -> None:
+        """The API; with it there, the registry starts the replicas of every model. Waits until all serve."""
         from ray import serve
 
-        from cluster.app import build_app
+        from cluster.app import APP_NAME, build_api_app
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         http = self.config.http
-        # Not serve.shutdown: that prints an error of its own about the Serve controller, which ends with Ray anyway.
-        self._undo.append(("replicas and API", lambda: serve.delete(APP_NAME)))
+        self._undo.append(("replicas and API", _end_applications))
         serve.start(http_options={"host": http.host, "port": http.port}, logging_config={"log_level": "WARNING"})
-        target = serve.RunTarget(build_app(self.config, sizing.specs, agent_spec), name=APP_NAME, route_prefix="/")
+        target = serve.RunTarget(build_api_app(http.ingress_replicas), name=APP_NAME, route_prefix="/")
         serve.run_many([target], wait_for_applications_running=False)
-        self._wait_until_running(say)
+        self._wait_until_serving(registry, say)
 
-    def _wait_until_running(self, say: Callable[[str], None]) -> None:
+    def _wait_until_serving(self, registry: Any, say: Callable[[str], None]) -> None:
+        import ray
         from ray import serve
+
+        from cluster.app import APP_NAME
+        from cluster.serve_fleet import app_state
 
         said, said_at = "", 0.0
         while True:
-            app = serve.status().applications[APP_NAME]
-            if (line := _progress(app)) != said or time.monotonic() > said_at + _SAY_AGAIN_S:
+            api = app_state(serve.status().applications[APP_NAME])
+            models: list[dict[str, Any]] = ray.get(registry.listing.remote(), timeout=_CONTROL_TIMEOUT_S)
+            failures = [f"{one['name']}: {one['error'].partition(': ')[2]}" for one in models if one["error"]]
+            if api.failed or failures:
+                raise LaunchError("replicas", "; ".join(failures) or api.failed or "", self._logs())
+            if (line := _progress(models, api.running)) != said or time.monotonic() > said_at + _SAY_AGAIN_S:
                 say(line)
                 said, said_at = line, time.monotonic()
-            if app.status == "RUNNING":
+            if all(model["phase"] == "serving" for model in models):
                 return
-            if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                messages = [app.message, *(d.message for d in app.deployments.values() if d.status != "HEALTHY")]
-                raise LaunchError("replicas", root_cause("\n".join(messages)), self._logs())
             time.sleep(_POLL_S)
 
     def _logs(self) -> Path | None:
@@ -239,9 +253,25 @@ def _run_while(lives: Callable[[], bool], work: Callable[[], None], timeout_s: f
         thread.join(_POLL_S)
 
 
-def _progress(app: "ApplicationStatusOverview") -> str:
-    parts = []
-    for name, deployment in app.deployments.items():
-        running = sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
-        parts.append(f"{name} {running}/{sum(deployment.replica_states.values())}")
-    return ", ".join(parts) or "starting"
+def _initial_models(config: ClusterConfig, sizing: Sizing) -> "ModelSet":
+    from cluster.model_set import ModelSet, new_entry
+
+    models = zip(config.models, sizing.specs, sizing.guarantees_bytes, strict=True)
+    return ModelSet(tuple(new_entry(*parts) for parts in models), sizing.budget_bytes)
+
+
+def _end_applications() -> None:
+    """End the API, without which the registry starts nothing, and with it all models. Not serve.shutdown: that prints
+    an error of its own about the Serve controller, which ends with Ray anyway."""
+    from ray import serve
+
+    from cluster.app import APP_NAME
+
+    names = sorted(serve.status().applications, key=lambda name: name != APP_NAME)
+    with ThreadPoolExecutor(max(1, len(names))) as pool:
+        list(pool.map(serve.delete, names))
+
+
+def _progress(models: list[dict[str, Any]], api_is_up: bool) -> str:
+    parts = [f"{model['name']} {model['progress'] or model['phase']}" for model in models]
+    return ", ".join([*parts, "API is up" if api_is_up else "API is starting"])

@@ -12,6 +12,16 @@ class NoAnswer(Exception):
     """The cluster did not answer, or not as it should. The message names the address and the remedy."""
 
 
+def no_cluster(url: str, error: httpx.HTTPError) -> NoAnswer:
+    """What to say where a request to ``url`` ended in ``error``."""
+    if isinstance(error, httpx.UnsupportedProtocol):
+        return NoAnswer(f"{url!r} is no address; it looks like http://127.0.0.1:8000")
+    return NoAnswer(
+        f"no cluster answers at {url} ({error or type(error).__name__}); start one with `ellm serve`, or name its "
+        "address with --url"
+    )
+
+
 def answer_once(url: str, model: str) -> str:
     """One short completion by ``model``. Raises NoAnswer where the API refuses it."""
     body = {"model": model, "prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
@@ -28,13 +38,8 @@ def read_status(url: str) -> dict[str, Any]:
     """The snapshot at ``url``/ellm/status. Raises NoAnswer."""
     try:
         answer = httpx.get(f"{url.rstrip('/')}/ellm/status", timeout=_STATUS_TIMEOUT_S, trust_env=False)
-    except httpx.UnsupportedProtocol as error:
-        raise NoAnswer(f"{url!r} is no address; it looks like http://127.0.0.1:8000") from error
     except httpx.HTTPError as error:
-        raise NoAnswer(
-            f"no cluster answers at {url} ({error or type(error).__name__}); start one with `ellm serve`, or name its "
-            "address with --url"
-        ) from error
+        raise no_cluster(url, error) from error
     try:
         snapshot = answer.json()
     except ValueError:

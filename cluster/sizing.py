@@ -6,9 +6,9 @@
                                                                          |<- guarantees ->|  lent  |
     one engine's KV:  rest <= guarantee <= ceiling <= budget
 
-``guarantee`` is one longest request: ``max_model_len`` in whole KV blocks, one block more because a request's last
-block is prepared ahead, and vLLM's null block; and where activations are charged, those of the smallest step. What is
-above the guarantees goes to whoever needs it.
+``guarantee`` is at least one longest request: ``max_model_len`` in whole KV blocks, one block more because a request's
+last block is prepared ahead, and vLLM's null block; and where activations are charged, those of the smallest step. What
+is above the guarantees goes to whoever needs it.
 """
 
 import math
@@ -40,19 +40,25 @@ class Sizing:
 
     Attributes:
         specs: engine settings, one a model, in the order of the configuration.
+        guarantees_bytes: what each replica of these can always get, likewise; 0 for one that is not elastic.
         budget_bytes: bytes of KV memory, and of activations where they are charged, that all elastic engines of the
             device share.
         needed_bytes: memory the whole cluster can come to hold; at most the free memory it was computed from.
     """
 
     specs: tuple[EngineSpec, ...]
+    guarantees_bytes: tuple[int, ...]
     budget_bytes: int
     needed_bytes: int
 
 
 @dataclass(frozen=True)
-class _Engine:
-    """One model's sizes before the budget is known; every replica of it has the same."""
+class EngineSizes:
+    """One model's sizes before the budget is known; every replica of it has the same.
+
+    least_bytes: the smallest guarantee that is possible; guarantee_bytes: the one that was chosen, or that.
+    static_bytes: KV bytes of one replica that is not elastic, held all the time; fixed_bytes: these, weights, process.
+    """
 
     model: ModelConfig
     facts: ModelFacts
@@ -79,8 +85,13 @@ class _Engine:
         return step_bytes(seqs, facts.activation_token_bytes, seqs, facts.logits_row_bytes)
 
     @property
+    def least_bytes(self) -> int:
+        """The smallest guarantee: one longest request, and the smallest step."""
+        return -down(-(self.longest_bytes + self.step_bytes), LIMIT_UNIT_BYTES)
+
+    @property
     def guarantee_bytes(self) -> int:
-        return -_down(-(self.longest_bytes + self.step_bytes), LIMIT_UNIT_BYTES)
+        return max(self.least_bytes, -down(-(self.model.guarantee or 0), LIMIT_UNIT_BYTES))
 
     @property
     def static_bytes(self) -> int:
@@ -98,44 +109,48 @@ def plan_sizes(config: ClusterConfig, facts: Sequence[ModelFacts], free_bytes: i
     Raises SettingsError where the memory, a budget or a ceiling is too small: with what is needed and what would fit.
     """
     engines = [
-        _Engine(model, fact, config.memory.activations) for model, fact in zip(config.models, facts, strict=True)
+        EngineSizes(model, fact, config.memory.activations) for model, fact in zip(config.models, facts, strict=True)
     ]
+    for engine in engines:
+        check_guarantee(engine)
     fixed = BASE_BYTES + sum(e.model.replicas * e.fixed_bytes for e in engines)
     elastic = [e for e in engines if e.model.elastic]
     guarantees = sum(e.model.replicas * e.guarantee_bytes for e in elastic)
     room = free_bytes - fixed
     if room < guarantees:
         raise SettingsError(
-            f"too little memory: {_gib(fixed + guarantees)} are needed ({_parts(engines)}), {_gib(free_bytes)} are "
+            f"too little memory: {gib(fixed + guarantees)} are needed ({_parts(engines)}), {gib(free_bytes)} are "
             "free. " + _what_fits(engines, free_bytes)
         )
     budget = _budget(config, elastic, guarantees, room)
-    specs = tuple(_spec(engine, budget, config.memory.rest) for engine in engines)
-    return Sizing(specs=specs, budget_bytes=budget, needed_bytes=fixed + budget)
+    specs = tuple(engine_spec(engine, budget, config.memory.rest) for engine in engines)
+    promised = tuple(engine.guarantee_bytes if engine.model.elastic else 0 for engine in engines)
+    return Sizing(specs=specs, guarantees_bytes=promised, budget_bytes=budget, needed_bytes=fixed + budget)
 
 
-def _budget(config: ClusterConfig, elastic: Sequence[_Engine], guarantees: int, room: int) -> int:
+def _budget(config: ClusterConfig, elastic: Sequence[EngineSizes], guarantees: int, room: int) -> int:
     wanted = config.memory.budget
     if not elastic:
         return 0
     if wanted is None:
-        return _down(min(max(2 * guarantees, GIB), room), LIMIT_UNIT_BYTES)
+        return down(min(max(2 * guarantees, GIB), room), LIMIT_UNIT_BYTES)
     if wanted < guarantees:
-        tokens = _longest_request(elastic, wanted)
-        remedy = f"max_model_len of {tokens} fits" if tokens > 0 else "fewer replicas are needed"
+        tokens = longest_request(elastic, wanted)
+        remedy = f"max_model_len of {tokens} fits" if tokens > 0 else "fewer replicas or lower guarantees are needed"
         raise SettingsError(
-            f"memory.budget is {_mib(wanted)}, but one longest request of every replica needs {_mib(guarantees)}: "
-            f"raise it to {_mib(guarantees)}; or with this budget, {remedy}"
+            f"memory.budget is {mib(wanted)}, but the guarantees of all replicas, one longest request where none is "
+            f"set, need {mib(guarantees)}: raise it to {mib(guarantees)}; or with this budget, {remedy}"
         )
     if wanted > room:
         raise SettingsError(
-            f"memory.budget is {_mib(wanted)}, but beside the processes and weights only {_mib(_down(room, MIB))} are "
-            f"free: lower it to at most {_mib(_down(room, MIB))}"
+            f"memory.budget is {mib(wanted)}, but beside the processes and weights only {mib(down(room, MIB))} are "
+            f"free: lower it to at most {mib(down(room, MIB))}"
         )
-    return _down(wanted, LIMIT_UNIT_BYTES)
+    return down(wanted, LIMIT_UNIT_BYTES)
 
 
-def _spec(engine: _Engine, budget: int, wanted_rest: int | None) -> EngineSpec:
+def engine_spec(engine: EngineSizes, budget: int, wanted_rest: int | None) -> EngineSpec:
+    """Settings of one replica in a ``budget``. Raises SettingsError for a ceiling or a rest that does not fit it."""
     model, facts = engine.model, engine.facts
     ceiling, rest = _elastic_sizes(engine, budget, wanted_rest) if model.elastic else _static_sizes(engine)
     return EngineSpec(
@@ -146,6 +161,7 @@ def _spec(engine: _Engine, budget: int, wanted_rest: int | None) -> EngineSpec:
         kv_rest_bytes=rest,
         kv_guarantee_bytes=engine.longest_bytes,
         weights_bytes=facts.weights_bytes,
+        weight=model.weight,
         charge_activations=engine.charge_activations,
         token_bytes=facts.activation_token_bytes,
         row_bytes=facts.logits_row_bytes,
@@ -159,49 +175,71 @@ def _spec(engine: _Engine, budget: int, wanted_rest: int | None) -> EngineSpec:
     )
 
 
-def _elastic_sizes(engine: _Engine, budget: int, wanted_rest: int | None) -> tuple[int, int]:
+def _elastic_sizes(engine: EngineSizes, budget: int, wanted_rest: int | None) -> tuple[int, int]:
     """(ceiling, rest) in whole KV blocks."""
     name, block = engine.model.name, engine.block_bytes
     wanted = engine.model.kv_ceiling if engine.model.kv_ceiling is not None else budget
-    ceiling = _down(wanted, block)
+    ceiling = down(wanted, block)
     if wanted > budget:
         raise SettingsError(
-            f"model {name}: kv_ceiling is {_mib(wanted)}, more than the budget of {_mib(budget)}; lower one or raise "
+            f"model {name}: kv_ceiling is {mib(wanted)}, more than the budget of {mib(budget)}; lower one or raise "
             "the other"
         )
     _check_ceiling(engine, ceiling)
     least = _SPARE_BLOCKS * block
     if least * _CEILING_OVER_REST > ceiling:
         raise SettingsError(
-            f"model {name}: a ceiling of {_mib(ceiling)} is too small to be elastic, because two KV blocks of "
-            f"{_mib(block)} always stay; raise it to {_mib(least * _CEILING_OVER_REST)}, or set elastic: false"
+            f"model {name}: a ceiling of {mib(ceiling)} is too small to be elastic, because two KV blocks of "
+            f"{mib(block)} always stay; raise it to {mib(least * _CEILING_OVER_REST)}, or set elastic: false"
         )
-    rest = max(least, _down(ceiling // _REST_SHARE if wanted_rest is None else wanted_rest, block))
+    rest = max(least, down(ceiling // _REST_SHARE if wanted_rest is None else wanted_rest, block))
     if rest * _CEILING_OVER_REST > ceiling:
         raise SettingsError(
-            f"model {name}: memory.rest is {_mib(wanted_rest or rest)}, more than a quarter of the ceiling of "
-            f"{_mib(ceiling)}; lower it to at most {_mib(_down(ceiling // _CEILING_OVER_REST, MIB))}"
+            f"model {name}: memory.rest is {mib(wanted_rest or rest)}, more than a quarter of the ceiling of "
+            f"{mib(ceiling)}; lower it to at most {mib(down(ceiling // _CEILING_OVER_REST, MIB))}"
         )
     return ceiling, rest
 
 
-def _static_sizes(engine: _Engine) -> tuple[int, int]:
-    ceiling = _down(engine.static_bytes, engine.block_bytes)
+def check_guarantee(engine: EngineSizes) -> None:
+    """Raises SettingsError for a guarantee that is below one longest request, or above the ceiling."""
+    wanted, ceiling = engine.model.guarantee, engine.model.kv_ceiling
+    if wanted is None:
+        return
+    if not engine.model.elastic:
+        raise SettingsError(
+            f"model {engine.model.name}: guarantee is set, but elastic is false and all its KV memory is held anyway; "
+            "remove one of them"
+        )
+    if wanted < engine.least_bytes:
+        raise SettingsError(
+            f"model {engine.model.name}: guarantee is {mib(wanted)}, but one longest request needs "
+            f"{mib(engine.least_bytes)}; raise it to that, or lower max_model_len"
+        )
+    if ceiling is not None and wanted > ceiling:
+        raise SettingsError(
+            f"model {engine.model.name}: guarantee is {mib(wanted)}, more than its kv_ceiling of {mib(ceiling)}; "
+            "lower one or raise the other"
+        )
+
+
+def _static_sizes(engine: EngineSizes) -> tuple[int, int]:
+    ceiling = down(engine.static_bytes, engine.block_bytes)
     _check_ceiling(engine, ceiling)
     return ceiling, ceiling
 
 
-def _check_ceiling(engine: _Engine, ceiling: int) -> None:
+def _check_ceiling(engine: EngineSizes, ceiling: int) -> None:
     if ceiling < engine.longest_bytes:
         tokens = max(0, ceiling // engine.block_bytes - _SPARE_BLOCKS) * engine.block_tokens
         raise SettingsError(
-            f"model {engine.model.name}: kv_ceiling is {_mib(ceiling)}, but one longest request needs "
-            f"{_mib(engine.longest_bytes)}; raise it to that"
+            f"model {engine.model.name}: kv_ceiling is {mib(ceiling)}, but one longest request needs "
+            f"{mib(engine.longest_bytes)}; raise it to that"
             + (f", or set max_model_len to at most {tokens}" if tokens else "")
         )
 
 
-def _what_fits(engines: Sequence[_Engine], free_bytes: int) -> str:
+def _what_fits(engines: Sequence[EngineSizes], free_bytes: int) -> str:
     """The largest change of one setting that would fit, in words."""
     options = []
     each = sum(e.fixed_bytes + (e.guarantee_bytes if e.model.elastic else 0) for e in engines)
@@ -210,45 +248,48 @@ def _what_fits(engines: Sequence[_Engine], free_bytes: int) -> str:
         options.append(f"set replicas to {replicas}" + (" for every model" if len(engines) > 1 else ""))
     elastic = [e for e in engines if e.model.elastic]
     room = free_bytes - BASE_BYTES - sum(e.model.replicas * e.fixed_bytes for e in engines)
-    tokens = _longest_request(elastic, room)
+    tokens = longest_request(elastic, room)
     if tokens > 0:
         options.append(f"set max_model_len to at most {tokens}")
     if not options:
-        least = _gib(BASE_BYTES + each)
+        least = gib(BASE_BYTES + each)
         return f"Not even one replica of each model fits ({least}): free memory, or serve a smaller model."
     return f"What would fit: {', or '.join(options)}."
 
 
-def _longest_request(elastic: Sequence[_Engine], kv_bytes: int) -> int:
-    """Largest max_model_len, common to all, whose guarantees fit into ``kv_bytes``; 0 where there is none."""
-    if not elastic:
+def longest_request(elastic: Sequence[EngineSizes], kv_bytes: int) -> int:
+    """Largest max_model_len, common to all, whose guarantees fit into ``kv_bytes``; 0 where there is none, or where a
+    guarantee was chosen."""
+    if not elastic or any(e.guarantee_bytes > e.least_bytes for e in elastic):
         return 0
     step = math.lcm(*(e.block_tokens for e in elastic))
     per_token = sum(e.model.replicas * e.facts.kv_token_bytes for e in elastic)
     spare = sum(e.model.replicas * (_SPARE_BLOCKS * e.block_bytes + e.step_bytes + LIMIT_UNIT_BYTES) for e in elastic)
-    return _down(max(0, kv_bytes - spare) // per_token, step)
+    return down(max(0, kv_bytes - spare) // per_token, step)
 
 
-def _parts(engines: Sequence[_Engine]) -> str:
-    parts = [f"{_gib(BASE_BYTES)} for Ray and the API"]
+def _parts(engines: Sequence[EngineSizes]) -> str:
+    parts = [f"{gib(BASE_BYTES)} for Ray and the API"]
     for e in engines:
         kv = e.guarantee_bytes if e.model.elastic else e.static_bytes
         parts.append(
-            f"{e.model.replicas} x {_gib(REPLICA_BYTES + e.facts.weights_bytes + kv)} for {e.model.name}: process "
-            f"{_gib(REPLICA_BYTES)}, weights {_gib(e.facts.weights_bytes)}, KV of {e.facts.max_model_len} tokens "
-            f"{_gib(kv)}"
+            f"{e.model.replicas} x {gib(REPLICA_BYTES + e.facts.weights_bytes + kv)} for {e.model.name}: process "
+            f"{gib(REPLICA_BYTES)}, weights {gib(e.facts.weights_bytes)}, KV of {e.facts.max_model_len} tokens "
+            f"{gib(kv)}"
         )
     return "; ".join(parts)
 
 
-def _down(value: int, unit: int) -> int:
+def down(value: int, unit: int) -> int:
+    """The largest multiple of ``unit`` up to ``value``."""
     return value // unit * unit
 
 
-def _gib(value: int) -> str:
+def gib(value: int) -> str:
+    """For people, in GiB."""
     return f"{value / GIB:.2f} GiB"
 
 
-def _mib(value: int) -> str:
+def mib(value: int) -> str:
     """Rounded up, so that a value copied from a message is enough; a round one stays."""
     return f"{math.ceil(value / MIB)}MiB"

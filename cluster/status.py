@@ -15,6 +15,10 @@ def render_status(snapshot: dict[str, Any]) -> RenderableType:
     """Tables of devices and replicas, for any rich console. ``snapshot`` is what ``Controller.snapshot`` returns."""
     devices = [(node["node"], device) for node in snapshot["nodes"] for device in node["devices"]]
     parts: list[RenderableType] = [_headline(snapshot, [device for _, device in devices])]
+    if snapshot["models"] is None:
+        parts.append(Text("the model registry is away; models are served without it", style="yellow"))
+    else:
+        parts.append(render_models(snapshot["models"]))
     if devices:
         parts.append(_device_table(devices))
         parts.append(_replica_table(devices))
@@ -25,6 +29,27 @@ def render_status(snapshot: dict[str, Any]) -> RenderableType:
         lost = f"{_short(absent['node'])} {absent['device']}: no report for {age_s:.1f} s, counted as absent"
         parts.append(Text(lost, style="bold red"))
     return Group(*parts)
+
+
+def render_models(models: Iterable[dict[str, Any]]) -> RenderableType:
+    """A table of models. ``models`` is what ``ModelKeeper.listing`` returns."""
+    table = _table("\nModels: what each replica is guaranteed and may hold at most, what all of them hold", ())
+    table.add_column("model", overflow="fold")
+    table.add_column("phase", no_wrap=True)
+    for column in ("replicas", "guarantee", "ceiling", "held", "limit", "run", "wait"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for model in models:
+        phase = Text(model["phase"], style="green" if model["phase"] == "serving" else "yellow")
+        if "replicas" not in model:
+            table.add_row(model["name"], phase)
+            continue
+        if not model["elastic"]:
+            table.add_row(model["name"], phase, str(model["replicas"]), *2 * [format_bytes(model["ceiling_bytes"])])
+            continue
+        sizes = (model[f"{size}_bytes"] for size in ("guarantee", "ceiling", "held", "limit"))
+        replicas, running, waiting = (str(model[count]) for count in ("replicas", "running", "waiting"))
+        table.add_row(model["name"], phase, replicas, *map(format_bytes, sizes), running, waiting)
+    return table
 
 
 def format_bytes(value: float) -> str:

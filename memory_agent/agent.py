@@ -132,9 +132,10 @@ class MemoryAgent:
         """KV bytes the engines share from now on, kept across restarts. Raises SettingsError below the guarantees."""
         self._keeper.set_budget(budget_bytes)
 
-    async def set_ceiling(self, engine_id: str, ceiling_bytes: int) -> None:
-        """The most one engine may hold. Raises SettingsError below its guarantee and for an unknown engine."""
-        self._keeper.set_ceiling(engine_id, ceiling_bytes)
+    async def set_limits(self, engine_id: str, guarantee_bytes: int, ceiling_bytes: int) -> None:
+        """What one engine can always get and may hold at most. Raises SettingsError for an unknown engine, a ceiling
+        below the guarantee, and guarantees that do not fit the budget."""
+        self._keeper.set_limits(engine_id, guarantee_bytes, ceiling_bytes)
 
     async def describe(self) -> dict[str, Any]:
         """Who and where this agent is, JSON-ready."""

@@ -94,19 +94,24 @@ class LeaseKeeper:
         self._seen = []  # no word of a row shows it, but it changes the pressure
         self._plan()
 
-    def set_ceiling(self, engine_id: str, ceiling_bytes: int) -> None:
-        """The most this engine may hold from now on. Raises SettingsError for an unknown engine, or a ceiling below its
-        guarantee."""
+    def set_limits(self, engine_id: str, guarantee_bytes: int, ceiling_bytes: int) -> None:
+        """What this engine can always get and what it may hold at most, from now on. A limit below what it holds takes
+        effect as it gives back.
+
+        Raises SettingsError for an unknown engine, a ceiling below the guarantee, and guarantees that do not fit.
+        """
         tenant = self._find(engine_id)
         if tenant is None:
             known = ", ".join(sorted(self._guarantees())) or "none"
             raise SettingsError(f"no engine {engine_id} on this device; registered are: {known}")
-        if ceiling_bytes < tenant.guarantee_bytes:
+        if not 0 < guarantee_bytes <= ceiling_bytes:
             raise SettingsError(
-                f"a ceiling of {ceiling_bytes} bytes is below the guarantee of {engine_id} (one longest request); "
-                f"{tenant.guarantee_bytes} bytes or more fit"
+                f"engine {engine_id}: the guarantee would be {guarantee_bytes} bytes, the ceiling {ceiling_bytes}; "
+                "0 < guarantee <= ceiling is needed"
             )
-        tenant.row.set(AgentWord.CEILING_BYTES, ceiling_bytes)
+        check_guarantees(self._guarantees() | {engine_id: guarantee_bytes}, self.board.budget_bytes)
+        tenant.limit(guarantee_bytes, ceiling_bytes)
+        self._seen = []  # the words that are followed do not show it
         self._plan()
 
     def tick(self, now_s: float) -> bool:

@@ -112,6 +112,13 @@ class Tenant:
         row.set(AgentWord.LEASE, Lease(limit_bytes=0, revision=1).pack())
         return cls(row, terms.engine_id, terms.model)
 
+    def limit(self, guarantee_bytes: int, ceiling_bytes: int) -> None:
+        """Store both; in between, the ceiling is never below the guarantee."""
+        row = self.row
+        row.set(AgentWord.CEILING_BYTES, max(ceiling_bytes, self.guarantee_bytes))
+        row.set(AgentWord.GUARANTEE_BYTES, guarantee_bytes)
+        row.set(AgentWord.CEILING_BYTES, ceiling_bytes)
+
     @property
     def state(self) -> RowState:
         return self.row.state

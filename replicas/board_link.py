@@ -46,6 +46,7 @@ class BoardLink:
                 ceiling_bytes=spec.ceiling_bytes,
                 weights_bytes=spec.weights_bytes,
                 registrar_pid=os.getpid(),
+                weight=spec.weight,
             )
         )
         self.registration: Registration = answer

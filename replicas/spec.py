@@ -25,6 +25,7 @@ class EngineSpec:
         kv_rest_bytes: committed KV bytes the engine shrinks to when idle.
         kv_guarantee_bytes: KV bytes of one longest request; always obtainable.
         weights_bytes: bytes of the loaded weights.
+        weight: part of contended and of lent bytes, against other engines'.
         charge_activations: activations count against the lease, and bound the tokens of a step.
         token_bytes: upper estimate of a worker's activation bytes of one token in a step, used until it is measured.
         row_bytes: likewise, of the logits of one request that samples.
@@ -40,6 +41,7 @@ class EngineSpec:
     kv_rest_bytes: int
     kv_guarantee_bytes: int
     weights_bytes: int
+    weight: float = 1.0
     charge_activations: bool = False
     token_bytes: int = 64 << 10
     row_bytes: int = 1 << 20

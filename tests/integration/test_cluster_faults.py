@@ -76,7 +76,7 @@ def test_new_requests_avoid_a_replica_under_pressure(cluster: str, model: str) -
     guarantee, ceiling = (replicas(cluster)[victim][key] for key in ("guarantee_bytes", "ceiling_bytes"))
     node_id = status(cluster)["nodes"][0]["node"]
     agent: Any = ray.get_actor(agent_name(node_id, device(cluster)["device"]), namespace=NAMESPACE)
-    ray.get(agent.set_ceiling.remote(victim, guarantee))
+    ray.get(agent.set_limits.remote(victim, guarantee, guarantee))
     try:
         with ThreadPoolExecutor(20) as pool:
             load = [pool.submit(stream, cluster, model, prompt_of(i, 900), 150) for i in range(8)]
@@ -89,7 +89,7 @@ def test_new_requests_avoid_a_replica_under_pressure(cluster: str, model: str) -
             assert [answer.result() for answer in more] == [40] * len(more)
             assert [answer.result() for answer in load] == [150] * len(load)
     finally:
-        ray.get(agent.set_ceiling.remote(victim, ceiling))
+        ray.get(agent.set_limits.remote(victim, guarantee, ceiling))
 
 
 def test_streams_outlive_agent_and_controller(cluster: str, model: str) -> None:

@@ -21,7 +21,7 @@ def engine_replicas() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if "ServeReplica:ellm:engine" in " ".join(process.cmdline()):
+            if "ServeReplica:ellm-model:" in " ".join(process.cmdline()):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue

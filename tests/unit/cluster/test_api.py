@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -14,12 +16,14 @@ from starlette.routing import Mount, Route
 from vllm.entrypoints.launchers.app import build_app as build_vllm_app
 
 import cluster.api
-from cluster.api import ServedModel, build_api
+from cluster.api import build_api
 from cluster.api_metrics import CoreCollector, MergedRegistry, MetricsEndpoint
 from cluster.api_routes import API_ROUTES, RouteState, routes_table
 from cluster.app import ApiModel
 from cluster.cluster_status import ControllerAwayError
 from cluster.ingress import vllm_args
+from cluster.model_table import ModelTable, ServedModel
+from cluster.models_api import RegistryAwayError
 from replicas.spec import EngineSpec
 
 
@@ -53,19 +57,36 @@ def served(name: str) -> ServedModel:
     app.state.openai_serving_models = SimpleNamespace(show_available_models=show_available_models)
     core = SimpleNamespace(reachable=1, in_flight=2, retried=3)
     engine: Any = SimpleNamespace(engine_core=core, shutdown=lambda: None)
-    return ServedModel(name, engine, app)
+
+    async def close() -> None:
+        pass
+
+    return ServedModel(name, engine, app, CollectorRegistry(), close)
 
 
-def client(models: list[ServedModel]) -> httpx.AsyncClient:
-    cores = {model.name: model.engine.engine_core for model in models}
-    api = build_api(models, MetricsEndpoint([CollectorRegistry()], cores))
-    return httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://api")
+@asynccontextmanager
+async def client(*names: str) -> AsyncIterator[tuple[httpx.AsyncClient, ModelTable]]:
+    """The API over such models, and their table."""
+
+    async def build(model: ApiModel) -> ServedModel:
+        return served(model.spec.model_name)
+
+    async def follow() -> None:
+        pass
+
+    table = ModelTable(build)
+    table.follow([ApiModel(spec(name), 1, None, None) for name in names])
+    await table.until_ready(names)
+    api = build_api(table, MetricsEndpoint(table), follow)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://api") as http:
+        yield http, table
+    await table.close()
 
 
 @pytest.fixture
 async def two() -> AsyncIterator[httpx.AsyncClient]:
-    async with client([served("small"), served("large")]) as both:
-        yield both
+    async with client("small", "large") as (http, _):
+        yield http
 
 
 def paths(routes: Iterable[Any]) -> set[str]:
@@ -139,14 +160,39 @@ async def test_models_are_listed_together(two: httpx.AsyncClient) -> None:
 
 async def test_health_names_the_model_without_replicas() -> None:
     """/health is 200 only while each model has a replica."""
-    models = [served("small"), served("large")]
-    async with client(models) as api:
+    async with client("small", "large") as (api, table):
         assert (await api.get("/health")).status_code == 200
-        core: Any = models[1].engine.engine_core
+        core: Any = table.routed[1].engine.engine_core
         core.reachable = 0
         answer = await api.get("/health")
     assert answer.status_code == 503
     assert "no replica of large" in answer.json()["error"]["message"]
+
+
+async def test_a_cluster_without_models_says_so() -> None:
+    """Before its first model is served, requests and /health are answered with 503, and no model is listed."""
+    async with client() as (api, _):
+        answers = [await api.get("/health"), await api.post("/v1/completions", json={"model": "small"})]
+        assert (await api.get("/v1/models")).json()["data"] == []
+    assert [answer.status_code for answer in answers] == [503, 503]
+    assert all("no model is served yet" in answer.json()["error"]["message"] for answer in answers)
+
+
+async def test_a_model_comes_and_goes_while_requests_run() -> None:
+    """Lists and routes follow the table at once; a model that left is not known any more."""
+    async with client("small") as (api, table):
+        assert (await api.post("/v1/completions", json={"model": "new"})).json()["by"] == "small", "vLLM answers"
+        table.follow([ApiModel(spec(name), 1, None, None) for name in ("small", "new", "large")])
+        await table.until_ready(["new", "large"])
+        assert (await api.post("/v1/completions", json={"model": "new"})).json()["by"] == "new"
+        assert [card["id"] for card in (await api.get("/v1/models")).json()["data"]] == ["small", "new", "large"]
+        assert 'model_name="new"' in (await api.get("/metrics")).text
+        table.follow([ApiModel(spec(name), 1, None, None) for name in ("small", "large")])
+        answer = await api.post("/v1/completions", json={"model": "new"})
+        assert 'model_name="new"' not in (await api.get("/metrics")).text
+    assert answer.status_code == 404
+    error = answer.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("NotFoundError", "model", 404)
 
 
 async def test_status_is_the_snapshot_or_a_reason(two: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +204,17 @@ async def test_status_is_the_snapshot_or_a_reason(two: httpx.AsyncClient, monkey
     async def away() -> dict[str, Any]:
         raise ControllerAwayError("the cluster's controller is not running")
 
+    async def models() -> list[dict[str, Any]]:
+        return [{"name": "small"}]
+
+    async def no_models() -> list[dict[str, Any]]:
+        raise RegistryAwayError("the model registry is away")
+
     monkeypatch.setattr(cluster.api, "read_snapshot", snapshot)
-    assert (await two.get("/ellm/status")).json() == {"nodes": []}
+    monkeypatch.setattr(cluster.api, "read_models", models)
+    assert (await two.get("/ellm/status")).json() == {"nodes": [], "models": [{"name": "small"}]}
+    monkeypatch.setattr(cluster.api, "read_models", no_models)
+    assert (await two.get("/ellm/status")).json() == {"nodes": [], "models": None}
     monkeypatch.setattr(cluster.api, "read_snapshot", away)
     answer = await two.get("/ellm/status")
     assert answer.status_code == 503
@@ -189,4 +244,5 @@ def test_equal_families_are_merged() -> None:
 
 def test_our_metrics_start_with_our_name() -> None:
     """Every metric of ours starts with ellm_."""
-    assert all(metric.name.startswith("ellm_") for metric in CoreCollector({}).collect())
+    table = ModelTable(AsyncMock())
+    assert all(metric.name.startswith("ellm_") for metric in CoreCollector(table).collect())

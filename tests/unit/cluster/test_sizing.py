@@ -125,6 +125,9 @@ def test_a_budget_below_one_longest_request_each_is_refused() -> None:
         ({"memory": {"budget": "40GiB"}}, "only", r"at most (\d+)MiB"),
         ({"models": [{"kv_ceiling": "100MiB"}]}, "one longest request needs", r"max_model_len to at most (\d+)"),
         ({"models": [{"kv_ceiling": "3GiB"}]}, "more than the budget", "1024MiB"),
+        ({"models": [{"guarantee": "100MiB"}]}, "one longest request needs", r"raise it to that, or lower max_model"),
+        ({"models": [{"guarantee": "3GiB", "kv_ceiling": "1GiB"}]}, "more than its kv_ceiling", "1024MiB"),
+        ({"models": [{"guarantee": "1GiB", "elastic": False}]}, "elastic is false", "remove one"),
         ({"memory": {"rest": "600MiB"}}, "more than a quarter", r"at most (\d+)MiB"),
     ],
 )
@@ -134,6 +137,18 @@ def test_sizes_that_do_not_fit_together_are_refused(tree: dict[str, object], cau
     with pytest.raises(SettingsError, match=cause) as caught:
         plan_sizes(config(**tree), [facts()], 24 * GIB)
     assert re.search(remedy, str(caught.value))
+
+
+def test_chosen_guarantees_are_kept() -> None:
+    """A guarantee above one longest request is promised to each replica; the engine's own stays one longest request."""
+    models = [{"name": "a", "guarantee": "500MiB", "weight": 2.5}, {"name": "b", "replicas": 1}]
+    sizing = plan_sizes(config(models=models), [facts(), facts()], 24 * GIB)
+    assert sizing.guarantees_bytes[0] == 500 * MIB
+    assert sizing.guarantees_bytes[1] == pytest.approx(sizing.specs[0].guarantee_bytes, abs=LIMIT_UNIT_BYTES)
+    assert sizing.budget_bytes >= 2 * 500 * MIB + sizing.guarantees_bytes[1]
+    assert [spec.weight for spec in sizing.specs] == [2.5, 1.0]
+    with pytest.raises(SettingsError, match="raise it to 1186MiB; or with this budget, fewer replicas or lower"):
+        plan_sizes(config(models=models, memory={"budget": "1GiB"}), [facts(), facts()], 24 * GIB)
 
 
 def test_a_static_model_is_outside_the_budget() -> None:

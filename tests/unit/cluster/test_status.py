@@ -20,6 +20,14 @@ def replica(engine_id: str, **values: Any) -> dict[str, Any]:
     return known | values
 
 
+def model(name: str, **values: Any) -> dict[str, Any]:
+    known = {
+        "name": name, "phase": "serving", "elastic": True, "replicas": 2, "guarantee_bytes": 64 << 20,
+        "ceiling_bytes": 1 << 30, "held_bytes": 50 << 20, "limit_bytes": 700 << 20, "running": 4, "waiting": 6,
+    }  # fmt: skip
+    return known | values
+
+
 def snapshot(*replicas: dict[str, Any]) -> dict[str, Any]:
     device = {
         "device": "cpu", "agent_pid": 1, "pressure": "ELEVATED", "report_age_s": 0.14, "budget_bytes": 1 << 30,
@@ -32,6 +40,7 @@ def snapshot(*replicas: dict[str, Any]) -> dict[str, Any]:
     return {
         "nodes": [{"node": NODE, "devices": [device]}],
         "absent_devices": [],
+        "models": [model("smol"), model("fixed", elastic=False), {"name": "new", "phase": "sizing"}],
         "bounds": {"token_budget_max": 512, "active_max": 0},
     }
 
@@ -58,6 +67,22 @@ def test_replica_row_shows_its_lease_and_work() -> None:
     expected = "abc12345 CRITICAL smol 20.0Mi 50.0Mi 512Mi 1.00Gi 25% 2 3 4 17/16"
     text = shown(snapshot(replica("app#model#abc12345", pressure="CRITICAL")))
     assert row_of(text, "abc12345") == expected.split()
+
+
+def test_model_row_shows_its_limits_and_what_it_holds() -> None:
+    """Guarantee and ceiling of each replica, held bytes and limit of all; static memory is both; a model that is not
+    sized yet has only its phase."""
+    text = shown(snapshot(replica("a")))
+    assert row_of(text, "smol") == ["smol", "serving", "2", "64.0Mi", "1.00Gi", "50.0Mi", "700Mi", "4", "6"]
+    assert row_of(text, "fixed") == ["fixed", "serving", "2", "1.00Gi", "1.00Gi"]
+    assert row_of(text, "new") == ["new", "sizing"]
+
+
+def test_a_registry_that_is_away_is_said() -> None:
+    """Devices and replicas are shown all the same."""
+    text = shown(snapshot(replica("app#model#abc12345")) | {"models": None})
+    assert "the model registry is away" in text
+    assert row_of(text, "abc12345")
 
 
 def test_replica_that_is_not_live_shows_its_state() -> None:

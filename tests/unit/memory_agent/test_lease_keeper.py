@@ -149,20 +149,54 @@ def test_full_board_is_an_error(keeper: LeaseKeeper) -> None:
         keeper.register(terms("one too many", guarantee=1))
 
 
-def test_budget_and_ceiling_have_a_floor(keeper: LeaseKeeper, clock: Clock) -> None:
-    """A budget below the guarantees and a ceiling below the guarantee are refused with what would fit."""
+def test_budget_and_limits_are_checked(keeper: LeaseKeeper, clock: Clock) -> None:
+    """A budget below the guarantees, a ceiling below its guarantee, guarantees beyond the budget and an unknown engine
+    are refused with what would fit, and change nothing."""
     rows = [keeper.register(terms("a")), keeper.register(terms("b"))]
     with pytest.raises(SettingsError, match=f"{2 * GUARANTEE} bytes or more"):
         keeper.set_budget(2 * GUARANTEE - 1)
-    with pytest.raises(SettingsError, match=f"{GUARANTEE} bytes or more fit"):
-        keeper.set_ceiling("a", GUARANTEE - 1)
+    for guarantee, ceiling in ((GUARANTEE, GUARANTEE - 1), (0, GUARANTEE)):
+        with pytest.raises(SettingsError, match="0 < guarantee <= ceiling is needed"):
+            keeper.set_limits("a", guarantee, ceiling)
+    with pytest.raises(SettingsError, match=f"a budget of {BUDGET + UNIT} bytes or more"):
+        keeper.set_limits("a", BUDGET - GUARANTEE + UNIT, BUDGET)
     with pytest.raises(SettingsError, match=r"no engine c.*registered are: a, b"):
-        keeper.set_ceiling("c", BUDGET)
+        keeper.set_limits("c", GUARANTEE, BUDGET)
     for row in rows:
         appear(row, os.getpid())
-    keeper.set_ceiling("a", 200 * UNIT)
+        assert row.get(AgentWord.GUARANTEE_BYTES) == GUARANTEE
+    keeper.set_limits("a", GUARANTEE, 200 * UNIT)
     clock.tick(5, *rows)
     assert [row.lease.limit_bytes for row in rows] == [200 * UNIT, 824 * UNIT]
     keeper.set_budget(2 * GUARANTEE)
     clock.tick(5, *rows)
     assert [row.lease.limit_bytes for row in rows] == [GUARANTEE, GUARANTEE]
+
+
+def test_a_ceiling_below_what_is_held_shrinks_by_the_protocol(keeper: LeaseKeeper, clock: Clock) -> None:
+    """The limit falls at once; the neighbour's rises only when the bytes have really been given back."""
+    rows = [keeper.register(terms("a")), keeper.register(terms("b"))]
+    for row in rows:
+        appear(row, os.getpid())
+        row.set(EngineWord.DEMAND_BYTES, BUDGET)
+    clock.tick(10, *rows)
+    held = rows[0].get(EngineWord.COMMITTED_BYTES)
+    assert held == BUDGET // 2
+    keeper.set_limits("a", GUARANTEE, GUARANTEE)
+    clock.tick(5, rows[1])
+    assert [row.lease.limit_bytes for row in rows] == [GUARANTEE, BUDGET - held]
+    clock.tick(5, *rows)
+    assert [row.lease.limit_bytes for row in rows] == [GUARANTEE, BUDGET - GUARANTEE]
+
+
+def test_a_raised_guarantee_is_taken_from_the_neighbour(keeper: LeaseKeeper, clock: Clock) -> None:
+    """An engine that asks for nothing gets its new guarantee, though its neighbour wants everything."""
+    rows = [keeper.register(terms("a")), keeper.register(terms("b"))]
+    for row in rows:
+        appear(row, os.getpid())
+    rows[1].set(EngineWord.DEMAND_BYTES, BUDGET)
+    clock.tick(10, *rows)
+    assert rows[0].lease.limit_bytes == GUARANTEE
+    keeper.set_limits("a", 300 * UNIT, BUDGET)
+    clock.tick(10, *rows)
+    assert [row.lease.limit_bytes for row in rows] == [300 * UNIT, BUDGET - 300 * UNIT]

@@ -303,6 +303,16 @@ class AdversarialEngines(RuleBasedStateMachine):
     def is_capped(self, engine: Engine, ceiling: int) -> None:
         engine.ceiling = max(ceiling, engine.guarantee)
 
+    @rule(engine=engines, guarantee=st.integers(1, 1000 * UNIT))
+    def is_guaranteed(self, engine: Engine, guarantee: int) -> None:
+        """Another guarantee while it runs; one that does not fit is refused."""
+        others = {one.name: one.guarantee for one in self.all if one is not engine}
+        try:
+            check_guarantees(others | {engine.name: guarantee}, self.budget)
+        except SettingsError:
+            return
+        engine.guarantee, engine.ceiling = guarantee, max(engine.ceiling, guarantee)
+
     @rule(engine=engines)
     def dies(self, engine: Engine) -> None:
         if engine in self.all:

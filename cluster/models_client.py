@@ -1,0 +1,73 @@
+"""The models of a running cluster over HTTP: the other side of ``cluster.models_api``."""
+
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+from cluster.config import ModelConfig
+from cluster.readiness import NoAnswer, no_cluster
+
+_TIMEOUT_S = 30.0
+
+
+class RefusedError(Exception):
+    """The cluster refused a command. The message says why, and what would work."""
+
+
+class UnknownError(RefusedError):
+    """The cluster has no such model."""
+
+
+class ModelsClient:
+    """Commands to the cluster at ``url``. Each raises NoAnswer where no cluster answers, RefusedError where it
+    refuses."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+
+    def models(self) -> list[dict[str, Any]]:
+        """Every model, as ``ModelKeeper.listing`` tells it."""
+        models: list[dict[str, Any]] = self._call("GET", "")["models"]
+        return models
+
+    def story(self, name: str) -> dict[str, Any]:
+        """One model, with the lines of its addition or removal. Raises UnknownError where it is gone."""
+        return self._call("GET", _path(name))
+
+    def add(self, model: ModelConfig) -> None:
+        """Begin to add a model."""
+        self._call("POST", "", model.model_dump(mode="json"))
+
+    def remove(self, name: str) -> None:
+        """Begin to remove a model."""
+        self._call("DELETE", _path(name))
+
+    def limit(self, name: str, wanted: dict[str, str]) -> None:
+        """Change the limits of a model: sizes by ``guarantee`` and ``ceiling``."""
+        self._call("PATCH", _path(name), wanted)
+
+    def _call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+        url = f"{self._url}/ellm/models{path}"
+        try:
+            answer = httpx.request(method, url, json=body, timeout=_TIMEOUT_S, trust_env=False)
+        except httpx.HTTPError as error:
+            raise no_cluster(self._url, error) from error
+        try:
+            content = answer.json()
+        except ValueError:
+            content = None
+        if answer.is_success and isinstance(content, dict):
+            return content
+        try:
+            reason = str(content["error"]["message"])
+        except (TypeError, KeyError) as error:
+            raise NoAnswer(
+                f"{self._url} answers, but not as an ellm cluster (status {answer.status_code}); is another server on "
+                "that port?"
+            ) from error
+        raise (UnknownError if answer.status_code == httpx.codes.NOT_FOUND else RefusedError)(reason)
+
+
+def _path(name: str) -> str:
+    return "/" + quote(name, safe="")
