@@ -15,36 +15,12 @@ from memory_agent.balloon import Balloon
 from memory_agent.chunks import ChunkOwner, ChunkPool, PhysicalChunk
 from memory_agent.errors import MemoryError_, OutOfDeviceMemory, PoolExhausted, SettingsError
 from memory_agent.extents import ExtentMap, KvGeometry, KvRegion, choose_chunk_bytes
-from memory_agent.fake_vmm import FailurePlan, FakeVmm
-from memory_agent.host_vmm import HostVmm
+from memory_agent.fake_vmm import FakeVmm
 from memory_agent.virtual_tensor import VirtualTensor
-from memory_agent.vmm import ChunkHandle, Vmm
+from memory_agent.vmm import Vmm
+from tests.unit.memory_agent.failing_host_vmm import FailingHostVmm
 
 PAGE = 4096
-
-
-class FailingHostVmm(HostVmm):
-    """Host memory that fails on purpose, like FakeVmm."""
-
-    def __init__(self, name: str, max_bytes: int) -> None:
-        super().__init__(name, max_bytes)
-        self.plan = FailurePlan()
-
-    def create(self, size_bytes: int) -> ChunkHandle:
-        self.plan.check("create")
-        return super().create(size_bytes)
-
-    def release(self, handle: ChunkHandle) -> None:
-        self.plan.check("release")
-        super().release(handle)
-
-    def map(self, address: int, handle: ChunkHandle) -> None:
-        self.plan.check("map")
-        super().map(address, handle)
-
-    def unmap(self, address: int, size_bytes: int) -> None:
-        self.plan.check("unmap")
-        super().unmap(address, size_bytes)
 
 
 def layer_outermost(layers: int, page: int, blocks: int) -> KvGeometry:
@@ -61,7 +37,20 @@ OVERLAY = KvGeometry(
     10 * 4 * PAGE, 10, (KvRegion(0, 4, PAGE, 4 * PAGE, PAGE), KvRegion(0, 1, PAGE, 4 * PAGE, 3 * PAGE))
 )
 """Two groups over the same blocks, block-outermost."""
-GEOMETRIES = {"aligned": ALIGNED, "runs": RUNS, "sharing": SHARING, "overlay": OVERLAY}
+GROUPS = KvGeometry(
+    3 * 12 * 3 * PAGE, 12, tuple(KvRegion(0, layers, 12 * 3 * PAGE, 3 * PAGE, 3 * PAGE) for layers in (3, 2, 1))
+)
+"""Three groups over the same blocks, layer-outermost."""
+ODD = KvGeometry(PAGE + 11 * (5 * 1111 + 7), 11, (KvRegion(PAGE, 5, 1111, 5 * 1111 + 7, 1111),))
+"""Block-outermost blocks, with a pad, that fit no chunk: neighbours share slots."""
+GEOMETRIES = {
+    "aligned": ALIGNED,
+    "runs": RUNS,
+    "sharing": SHARING,
+    "overlay": OVERLAY,
+    "groups": GROUPS,
+    "odd": ODD,
+}
 
 
 @dataclass
