@@ -19,7 +19,8 @@ def build_engine_args(spec: EngineSpec, **overrides: Any) -> AsyncEngineArgs:
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.max_num_seqs,
         "max_num_batched_tokens": spec.max_num_batched_tokens,
-        "kv_cache_memory_bytes": spec.kv_ceiling_bytes,
+        "tensor_parallel_size": spec.tensor_parallel_size,
+        "kv_cache_memory_bytes": spec.kv_ceiling_bytes // spec.tensor_parallel_size,
         "enable_prefix_caching": True,
     }
     return AsyncEngineArgs(**(settings | spec.engine_args | overrides))
@@ -35,7 +36,7 @@ def build_vllm_config(spec: EngineSpec, board_path: str = "", row: int = 0) -> V
     settings = ElasticSettings(
         board_path=board_path,
         row=row,
-        rest_bytes=spec.kv_rest_bytes,
+        rest_bytes=spec.kv_rest_bytes // spec.tensor_parallel_size,
         kv_guarantee_bytes=spec.kv_guarantee_bytes,
         charge_activations=spec.charge_activations,
         token_bytes=spec.token_bytes,
