@@ -92,7 +92,7 @@ class ElasticKv:
         self._extent_bytes = self._extents.extent_bytes * self._ranks
         self._blocks_ceiling = geometry.num_blocks
         self._rest = len(first.mapped_extents)
-        self._batch = max(1, settings.map_batch_bytes // self._extent_bytes)
+        self._batch = self._batch_now = max(1, settings.map_batch_bytes // self._extent_bytes)
 
         self.row = LeaseBoard.open(Path(settings.board_path)).row(settings.row)
         self._limit = self._wanted = self._rest
@@ -138,7 +138,7 @@ class ElasticKv:
                 wanted=self._wanted,
                 rest=self._rest,
                 idle=self._is_idle(now),
-                batch=self._batch if now >= self._map_retry_at else 0,
+                batch=self._batch_now if now >= self._map_retry_at else 0,
             )
         )
         self._unmap_now = self.parking.begin_unmap(self._plan.shrink)
@@ -277,10 +277,12 @@ class ElasticKv:
             logger.warning("mapping %d extents failed, retrying in %.1f s: %s", len(moves.map), _RETRY_S, errors[0])
             self.parking.abort_map(moves.map)
             self._aborted += moves.map
+            self._batch_now = max(1, len(moves.map) // 2)  # where less is left, less may be had
             self._map_retry_at = self._clock() + _RETRY_S
             self._add(EngineWord.MAP_FAILURES, 1)
         elif moves.map:
             self.parking.finish_map(moves.map)
+            self._batch_now = min(self._batch, 2 * self._batch_now)
             self._count_move(EngineWord.INFLATE_COUNT, EngineWord.INFLATE_BYTES, len(moves.map))
         self._add(EngineWord.MOVE_NS, nanoseconds)
         self._publish_committed()

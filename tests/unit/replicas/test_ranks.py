@@ -31,9 +31,10 @@ SHARED_SLOTS = KvGeometry(LAYERS * BLOCKS * 5000, BLOCKS, (KvRegion(0, LAYERS, B
 
 
 class Engine:
-    """One engine: a scheduler's block pool, and the memory of each rank."""
+    """One engine: a scheduler's block pool, and the memory of each rank, of ``room_bytes`` where that is given."""
 
-    def __init__(self, board: Path, geometry: KvGeometry, ranks: int) -> None:
+    def __init__(self, board: Path, geometry: KvGeometry, ranks: int, room_bytes: int | None) -> None:
+        self._room_bytes = room_bytes
         self.now = 100.0
         self.row = LeaseBoard.create(board, 1 << 30).row(0)
         self.vmms: list[FailingHostVmm] = []
@@ -110,14 +111,14 @@ class Engine:
         self.kv.parking.check_conservation()
 
     def _make_vmm(self, name: str, max_bytes: int) -> FailingHostVmm:
-        self.vmms.append(FailingHostVmm(name, max_bytes))
+        self.vmms.append(FailingHostVmm(name, self._room_bytes or max_bytes))
         return self.vmms[-1]
 
 
 @contextmanager
-def an_engine(geometry: KvGeometry, ranks: int) -> Iterator[Engine]:
+def an_engine(geometry: KvGeometry, ranks: int, room_bytes: int | None = None) -> Iterator[Engine]:
     with tempfile.TemporaryDirectory() as folder:
-        engine = Engine(Path(folder) / "board", geometry, ranks)
+        engine = Engine(Path(folder) / "board", geometry, ranks, room_bytes)
         try:
             yield engine
         finally:
@@ -143,6 +144,19 @@ def test_a_refused_rank_aborts_on_all() -> None:
         engine.hear()
         assert engine.memories[0].mapped == engine.memories[1].mapped > {0}
         engine.check()
+
+
+def test_what_is_left_is_had_little_by_little() -> None:
+    """After a refusal less is asked for, so that an engine uses the memory there is, and more when there is more."""
+    with an_engine(LAYER_BY_LAYER, ranks=2, room_bytes=6 * LAYERS * PAGE) as engine:
+        engine.set_limit(BLOCKS)
+        engine.requests.append([])  # not idle
+        for _ in range(20):
+            engine.now += 1.0
+            engine.step(wanted=BLOCKS)
+            engine.hear()
+            engine.check()
+        assert [len(memory.mapped) for memory in engine.memories] == [6, 6]
 
 
 @settings(deadline=None, max_examples=40)
