@@ -8,7 +8,6 @@ import logging
 import os
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
-from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
@@ -33,7 +31,7 @@ from replicas.elastic_kv import ElasticKv
 from replicas.elastic_settings import ElasticSettings
 from replicas.host_copies import HostCopies
 from replicas.host_tier import HostTier
-from replicas.kv_geometry import kv_geometry
+from replicas.kv_geometry import kv_geometry, kv_groups
 from replicas.kv_memory import KvMemory
 from replicas.kv_moves import KvAck, KvAcks, KvHandshake, KvMoves
 
@@ -55,13 +53,13 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         assert vllm_config.kv_transfer_config is not None
         self.settings = ElasticSettings.from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
-        self._block_tokens = vllm_config.cache_config.block_size
         self._geometry = kv_geometry(kv_cache_config)
+        self._groups = kv_groups(vllm_config, kv_cache_config)
         self._memory: KvMemory | None = None
         self._kv: ElasticKv | None = None
         self._acks: list[KvAck] = []
         self._samples: list[ActivationSample] = []
-        self._host_slots = self._slots(kv_cache_config)
+        self._host_slots = self._slots()
         self._fingerprint = partial(_fingerprint, vllm_config, self._geometry, self.settings.weights_identity)
         self.host: HostTier | None = None
         self._copies: HostCopies | None = None
@@ -147,18 +145,12 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
                 pool,
                 self._host_slots,
                 self._geometry.block_bytes,
-                self._block_tokens,
+                self._groups[0].block_tokens,
                 self._fingerprint(rank=0).digest,
                 len(handshakes),
             )
         on_evict = self.host.evict if self.host is not None else _leave
-        self._kv = ElasticKv(self.settings, self._geometry, self._block_tokens, pool, handshakes, on_evict)
-        assert self._kv_cache_config is not None
-        held_at_once = get_max_concurrency_for_kv_cache_config(self._vllm_config, self._kv_cache_config)
-        self._kv.require_guarantee(
-            blocks=ceil(self._kv_cache_config.num_blocks / held_at_once),
-            tokens=self._vllm_config.model_config.max_model_len,
-        )
+        self._kv = ElasticKv(self.settings, self._geometry, self._groups, pool, handshakes, on_evict)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         moves = self.kv.take_moves(
@@ -207,12 +199,11 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     # -- both ---------------------------------------------------------------------------------------------------------
 
-    def _slots(self, kv_cache_config: "KVCacheConfig") -> int:
+    def _slots(self) -> int:
         """Slots of each worker's part of the host buffer; 0 for none."""
         slots = self.settings.host_buffer_bytes // self._geometry.block_bytes
-        groups = len(kv_cache_config.kv_cache_groups)
-        if slots and groups > 1:
-            logger.warning("no host buffer: this model has %d KV cache groups, one can be kept there", groups)
+        if slots and len(self._groups) > 1:
+            logger.warning("no host buffer: it takes models of one KV cache group, this one has %d", len(self._groups))
             return 0
         return slots
 

@@ -8,7 +8,7 @@ One step:  begin_step (read the lease, plan, park what must go)
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,6 @@ from typing import NamedTuple
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-from memory_agent.errors import SettingsError
 from memory_agent.extents import ExtentMap, KvGeometry
 from memory_agent.lease_board import MAX_WORKERS, AgentWord, EngineWord, LeaseBoard
 from memory_agent.vmm import ContractViolation
@@ -24,7 +23,7 @@ from replicas.activation_ledger import ActivationLedger, ActivationSample, StepA
 from replicas.elastic_settings import ElasticSettings
 from replicas.kv_moves import KvAck, KvHandshake, KvMoves
 from replicas.kv_parking import ExtentState, KvParking
-from replicas.kv_plan import KvPlan, KvState, plan_moves
+from replicas.kv_plan import KvGroup, KvPlan, KvState, blocks_within, plan_moves
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +85,7 @@ class ElasticKv:
         self,
         settings: ElasticSettings,
         geometry: KvGeometry,
-        block_tokens: int,
+        groups: Sequence[KvGroup],
         pool: BlockPool,
         handshakes: list[KvHandshake],
         on_evict: Callable[[KVCacheBlock], None] = lambda block: None,
@@ -105,8 +104,8 @@ class ElasticKv:
         self._extent_bytes = self._extents.extent_bytes * self._ranks
         self._blocks_ceiling = geometry.num_blocks
         self._rest = len(first.mapped_extents)
-        self._batch = max(1, settings.map_batch_bytes // self._extent_bytes)
-        self._block_tokens = block_tokens
+        self._batch = self._batch_now = max(1, settings.map_batch_bytes // self._extent_bytes)
+        self._groups = groups
 
         self.row = LeaseBoard.open(Path(settings.board_path)).row(settings.row)
         self._limit = self._soft_limit = self._wanted = self._rest
@@ -127,19 +126,6 @@ class ElasticKv:
         self._before = _Holding(0, 0)
         self._heaps_used = False
         self._appear(handshakes)
-
-    def require_guarantee(self, blocks: int, tokens: int) -> None:
-        """Raise SettingsError unless the guarantee holds one request of ``tokens``, which takes ``blocks``, and vLLM's
-        null block: while neighbours hold the rest, a longer one would wait for ever."""
-        run, guaranteed = self._extents.blocks_per_extent, self._settings.kv_guarantee_bytes // self._extent_bytes
-        needed_bytes = -(-(blocks + 1) // run) * self._extent_bytes
-        if guaranteed * self._extent_bytes < needed_bytes:
-            fits = max(0, guaranteed * run - 1) * tokens // blocks
-            raise SettingsError(
-                f"the guarantee of {self._settings.kv_guarantee_bytes} bytes of KV memory is below one request of "
-                f"{tokens} tokens, which needs {needed_bytes}: raise it to that"
-                + (f", or set max_model_len to at most {fits}" if fits else "")
-            )
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -172,7 +158,7 @@ class ElasticKv:
                 wanted=self._wanted,
                 rest=self._rest,
                 idle=self._is_idle(now),
-                batch=self._batch if now >= self._map_retry_at else 0,
+                batch=self._batch_now if now >= self._map_retry_at else 0,
             )
         )
         self._unmap_now = self.parking.begin_unmap(self._plan.shrink)
@@ -287,7 +273,7 @@ class ElasticKv:
             return
 
         def room(tokens: int) -> int:
-            needed = min(demand.blocks_wanted, demand.rows + -(-tokens // self._block_tokens))
+            needed = min(demand.blocks_wanted, blocks_within(self._groups, tokens, demand.rows))
             return limit_bytes - self._extents_for(needed) * self._extent_bytes
 
         self._allowance = self.activations.allow(room, least, most, demand.rows)
@@ -336,6 +322,8 @@ class ElasticKv:
         else:
             self.parking.finish_unmap(moves.unmap)
             self.parking.finish_map(moves.map)
+            if moves.map:
+                self._batch_now = min(self._batch, 2 * self._batch_now)
             self._count_move(EngineWord.DEFLATE_COUNT, EngineWord.DEFLATE_BYTES, len(moves.unmap))
             self._count_move(EngineWord.INFLATE_COUNT, EngineWord.INFLATE_BYTES, len(moves.map))
         if errors or moves.check is not None:
@@ -351,6 +339,7 @@ class ElasticKv:
         )
         self.parking.abort_map(moves.map)
         self._aborted += moves.unmap + moves.map
+        self._batch_now = max(1, len(moves.map) // 2)  # where less is left, less may be had
         self._map_retry_at = self._clock() + _RETRY_S
         if not moves.map:
             self._unmap_retry_at = self._map_retry_at
@@ -402,7 +391,7 @@ class ElasticKv:
             row.set(EngineWord.WORKER_FD_0 + i, handshake.memory_fd)
         row.set(EngineWord.WORKER_COUNT, min(self._ranks, MAX_WORKERS))
         row.set(EngineWord.BLOCK_BYTES, self._extent_bytes // self._extents.blocks_per_extent)
-        row.set(EngineWord.BLOCK_TOKENS, self._block_tokens)
+        row.set(EngineWord.BLOCK_TOKENS, self._groups[0].block_tokens)
         row.set(EngineWord.BLOCKS_CEILING, self._blocks_ceiling)
         row.set(EngineWord.REST_BYTES, self._rest * self._extent_bytes)
         self._publish(_NOTHING, row.lease.revision)

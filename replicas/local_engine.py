@@ -1,6 +1,7 @@
 """One vLLM engine driven from this process, elastic or static, without Ray: for exactness tests and benchmarks."""
 
 import asyncio
+import itertools
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -42,27 +44,41 @@ class LocalEngine:
         assert self.row is not None
         return self.row.get(word)
 
+    def rank_bytes_os(self) -> list[int]:
+        """KV bytes that each rank holds, from the operating system."""
+        assert self.row is not None
+        return [os.stat(f"/proc/{pid}/fd/{fd}").st_blocks * 512 for pid, fd in self.row.workers]
+
     def held_bytes_os(self) -> int:
         """KV bytes held, from the operating system."""
-        assert self.row is not None
-        return sum(os.stat(f"/proc/{pid}/fd/{fd}").st_blocks * 512 for pid, fd in self.row.workers)
+        return sum(self.rank_bytes_os())
 
     async def wake(self) -> None:
         """What the replica does when the board has news for an idle engine."""
         await self.llm.engine_core.call_utility_async("is_scheduler_paused")
 
-    async def generate(self, prompt: Sequence[int], tokens: int, request_id: str) -> list[int]:
+    async def generate(
+        self, prompt: Sequence[int], tokens: int, request_id: str, adapter: LoRARequest | None = None
+    ) -> list[int]:
         """Greedy token ids, exactly ``tokens`` of them."""
         params = SamplingParams(
             temperature=0.0, max_tokens=tokens, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
         )
         out: list[int] = []
-        async for output in self.llm.generate({"prompt_token_ids": list(prompt)}, params, request_id):
+        async for output in self.llm.generate(
+            {"prompt_token_ids": list(prompt)}, params, request_id, lora_request=adapter
+        ):
             out = list(output.outputs[0].token_ids)
         return out
 
-    async def generate_all(self, prompts: Sequence[Sequence[int]], tokens: int, name: str) -> list[list[int]]:
-        return await asyncio.gather(*(self.generate(p, tokens, f"{name}-{i}") for i, p in enumerate(prompts)))
+    async def generate_all(
+        self, prompts: Sequence[Sequence[int]], tokens: int, name: str, adapters: Sequence[LoRARequest | None] = (None,)
+    ) -> list[list[int]]:
+        """All prompts at once; they take turns with ``adapters``."""
+        turns = zip(prompts, itertools.cycle(adapters), strict=False)
+        return await asyncio.gather(
+            *(self.generate(prompt, tokens, f"{name}-{i}", adapter) for i, (prompt, adapter) in enumerate(turns))
+        )
 
 
 @asynccontextmanager

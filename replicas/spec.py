@@ -21,6 +21,7 @@ class EngineSpec:
         max_model_len: tokens of one longest request, prompt and output.
         max_num_seqs: ceiling on running requests; max_num_batched_tokens: ceiling on tokens a step.
         elastic: False serves the model as plain vLLM with ``kv_ceiling_bytes`` of static KV memory.
+        tensor_parallel_size: ranks that the model is split over; bytes of KV memory and weights are those of all.
         kv_ceiling_bytes: bytes of the virtual KV tensor, the most this engine can ever commit.
         kv_rest_bytes: committed KV bytes the engine shrinks to when idle.
         kv_guarantee_bytes: KV bytes of one longest request; always obtainable.
@@ -50,6 +51,7 @@ class EngineSpec:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     elastic: bool = True
+    tensor_parallel_size: int = 1
     async_scheduling: bool | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)
 
@@ -67,4 +69,4 @@ class EngineSpec:
     def _activation_bytes(self, tokens: int) -> int:
         if not self.charge_activations:
             return 0
-        return step_bytes(tokens, self.token_bytes, self.max_num_seqs, self.row_bytes)
+        return step_bytes(tokens, self.token_bytes, self.max_num_seqs, self.row_bytes) * self.tensor_parallel_size

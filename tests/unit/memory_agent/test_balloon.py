@@ -37,7 +37,20 @@ OVERLAY = KvGeometry(
     10 * 4 * PAGE, 10, (KvRegion(0, 4, PAGE, 4 * PAGE, PAGE), KvRegion(0, 1, PAGE, 4 * PAGE, 3 * PAGE))
 )
 """Two groups over the same blocks, block-outermost."""
-GEOMETRIES = {"aligned": ALIGNED, "runs": RUNS, "sharing": SHARING, "overlay": OVERLAY}
+GROUPS = KvGeometry(
+    3 * 12 * 3 * PAGE, 12, tuple(KvRegion(0, layers, 12 * 3 * PAGE, 3 * PAGE, 3 * PAGE) for layers in (3, 2, 1))
+)
+"""Three groups over the same blocks, layer-outermost."""
+ODD = KvGeometry(PAGE + 11 * (5 * 1111 + 7), 11, (KvRegion(PAGE, 5, 1111, 5 * 1111 + 7, 1111),))
+"""Block-outermost blocks, with a pad, that fit no chunk: neighbours share slots."""
+GEOMETRIES = {
+    "aligned": ALIGNED,
+    "runs": RUNS,
+    "sharing": SHARING,
+    "overlay": OVERLAY,
+    "groups": GROUPS,
+    "odd": ODD,
+}
 
 
 @dataclass

@@ -171,19 +171,21 @@ def test_blocks_and_extents_outside_are_refused() -> None:
 
 @st.composite
 def geometries(draw: st.DrawFn) -> KvGeometry:
-    """Layer- and block-outermost geometries, with pads, offsets, packed and overlaid second groups."""
+    """Layer- and block-outermost geometries of one to three groups that overlay each other, with pads, offsets and
+    pages of any size; block-outermost groups may pack their blocks differently."""
     layers, blocks = draw(st.integers(1, 5)), draw(st.integers(1, 70))
     page = draw(st.one_of(st.integers(1, 12).map(lambda n: n * 512), st.integers(1, 5000)))
     offset = draw(st.sampled_from([0, 0, 0, 1024, 4096, 100]))
+    others = draw(st.lists(st.integers(1, layers), max_size=2))
     if draw(st.booleans()):
-        first = KvRegion(offset, layers, page * blocks, page, page)
-        second = KvRegion(offset, draw(st.integers(1, layers)), page * blocks, page, page)
-        return KvGeometry(offset + layers * page * blocks, blocks, (first, second)[: draw(st.integers(1, 2))])
+        regions = [KvRegion(offset, count, page * blocks, page, page) for count in (layers, *others)]
+        return KvGeometry(offset + layers * page * blocks, blocks, tuple(regions))
     stride = layers * page + draw(st.sampled_from([0, 512, 4096, 33]))
-    first = KvRegion(offset, layers, page, stride, page)
-    half = draw(st.integers(0, layers - 1))
-    second = KvRegion(offset + half * page, layers - half, page, stride, page)
-    return KvGeometry(offset + stride * blocks, blocks, (first, second)[: draw(st.integers(1, 2))])
+    regions = [KvRegion(offset, layers, page, stride, page)]
+    for count in others:
+        first = draw(st.integers(0, layers - count))
+        regions.append(KvRegion(offset + first * page, 1, stride, stride, count * page))
+    return KvGeometry(offset + stride * blocks, blocks, tuple(regions))
 
 
 @settings(max_examples=300, deadline=None)

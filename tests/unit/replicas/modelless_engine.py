@@ -83,6 +83,7 @@ class ModellessEngine:
         config.cache_config.kv_cache_layout = "LBHNC"
         layer = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=64, dtype=torch.float32)
         [cache] = get_kv_cache_configs(config, [{f"layers.{i}": layer for i in range(LAYERS)}], [spec.kv_ceiling_bytes])
+        cache.kv_cache_layout = "LBHNC"
         config.cache_config.num_gpu_blocks = cache.num_blocks
         self.scheduler = ElasticScheduler(
             vllm_config=config,

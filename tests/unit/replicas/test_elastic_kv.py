@@ -17,6 +17,7 @@ from replicas.elastic_kv import ElasticKv, StepDemand
 from replicas.elastic_settings import ElasticSettings
 from replicas.kv_moves import KvAck, KvHandshake, KvMoves
 from replicas.kv_parking import ExtentState
+from replicas.kv_plan import KvGroup
 
 BLOCKS = 24
 PAGE = LIMIT_UNIT_BYTES
@@ -49,7 +50,7 @@ class World:
                 row_bytes=1,
             ),
             geometry,
-            16,
+            (KvGroup(block_tokens=16, most_blocks=BLOCKS),),
             self.pool,
             [handshake] * ranks,
             clock=lambda: self.now,

@@ -2,24 +2,20 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from memory_agent.errors import SettingsError
 from memory_agent.lease_board import EngineWord
 from memory_agent.vmm import ContractViolation
 from replicas.kv_moves import KvMoves
 from tests.unit.replicas.modelless_engine import (
-    BLOCK_BYTES,
     GUARANTEE_BLOCKS,
     LONGEST_BLOCKS,
     LONGEST_TOKENS,
     REST_BLOCKS,
     ModellessEngine,
     modelless_engine,
-    modelless_spec,
 )
 
 
@@ -176,21 +172,6 @@ def test_the_longest_request_waits_for_a_lease_below_its_size_and_does_not_preem
     engine.set_limit(GUARANTEE_BLOCKS)
     run_checked(engine)
     assert engine.finished == {"long"}
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_guarantee_below_one_longest_request_is_refused_with_the_numbers(tmp_path: Path, ranks: int) -> None:
-    """Such a request would wait for ever while a neighbour holds the rest: the engine does not start. One block more is
-    vLLM's null block."""
-    exact = replace(modelless_spec(tmp_path), kv_guarantee_bytes=ranks * (LONGEST_BLOCKS + 1) * BLOCK_BYTES)
-    with modelless_engine(tmp_path, exact, ranks) as engine:
-        engine.ask("longest", prompt=LONGEST_TOKENS - 100, tokens=100)
-        run_checked(engine)
-    (tmp_path / "board").unlink()
-    low = replace(exact, kv_guarantee_bytes=exact.kv_guarantee_bytes - 1)
-    message = f"needs {exact.kv_guarantee_bytes}: raise it to that, or set max_model_len to at most 480"
-    with pytest.raises(SettingsError, match=message), modelless_engine(tmp_path, low, ranks):
-        pass
 
 
 def test_a_request_that_waits_for_its_lease_lets_smaller_ones_finish(engine: ModellessEngine) -> None:

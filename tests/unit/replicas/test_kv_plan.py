@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replicas.kv_plan import KvState, blocks_ahead, plan_moves
+from replicas.kv_plan import KvGroup, KvState, blocks_ahead, plan_moves
 
 extents = st.integers(0, 50)
 limits = st.tuples(extents, extents).map(sorted)
@@ -66,12 +66,22 @@ def test_an_idle_engine_shrinks_to_its_rest() -> None:
     assert (plan_moves(state).shrink, plan_moves(state).forced) == (36, 0)
 
 
+ONE_GROUP = (KvGroup(block_tokens=128, most_blocks=100),)
+
+
 def test_the_next_block_is_wanted_before_the_last_one_is_full() -> None:
     """With 16 tokens of lookahead a request wants its next block from token 113 of 128 on."""
-    assert blocks_ahead(tokens=112, computed_tokens=111, block_tokens=128, lookahead_tokens=16) == 0
-    assert blocks_ahead(tokens=113, computed_tokens=112, block_tokens=128, lookahead_tokens=16) == 1
+    assert blocks_ahead(ONE_GROUP, tokens=112, computed_tokens=111, lookahead_tokens=16) == 0
+    assert blocks_ahead(ONE_GROUP, tokens=113, computed_tokens=112, lookahead_tokens=16) == 1
 
 
 def test_a_prefill_wants_all_its_blocks() -> None:
     """A prompt of which 256 of 1,000 tokens are computed wants the blocks of the rest."""
-    assert blocks_ahead(tokens=1000, computed_tokens=256, block_tokens=128, lookahead_tokens=16) == 6
+    assert blocks_ahead(ONE_GROUP, tokens=1000, computed_tokens=256, lookahead_tokens=16) == 6
+
+
+def test_every_group_wants_blocks_of_its_own() -> None:
+    """Each cache group has a table for the request; one that looks back a window only never wants more than that."""
+    windowed = KvGroup(block_tokens=64, most_blocks=3)
+    assert blocks_ahead((*ONE_GROUP, windowed), tokens=1000, computed_tokens=0, lookahead_tokens=16) == 8 + 3
+    assert blocks_ahead((*ONE_GROUP, windowed), tokens=1009, computed_tokens=1008, lookahead_tokens=16) == 1 + 1
