@@ -187,7 +187,7 @@ class ClusterView:
                 "kv_cached_bytes": max(0, held - used),
                 "activation_bytes": activations,
                 "free_bytes": max(0, report.budget_bytes - max(held, used) - activations),
-                "host_buffer_bytes": 0,
+                "host_buffer_bytes": sum(engine.host_bytes for engine in report.engines),
             },
             "running": sum(engine.running for engine in report.engines),
             "waiting": sum(engine.waiting for engine in report.engines),

@@ -142,8 +142,11 @@ class MemoryConfig(_Section):
     """KV bytes that all engines of the device share, with activations if these are charged. auto: twice what one
     longest request of each needs, at least 1GiB, if free."""
     activations: bool = False
-    """true: activations count against the budget too. A step computes as many tokens as their activations fit; with
-    little room each step gives its memory back at once, which costs up to a third of the speed. Experimental."""
+    """true: activations count against the budget too. A step computes as many tokens as their activations fit, and
+    gives their memory back at once, which costs a fifth of the speed. Experimental."""
+    host_buffer: Size = None
+    """Bytes of host memory, beside the budget, in which each elastic replica keeps KV blocks that left the budget, to
+    load them instead of computing them again. auto: none."""
     rest: Size = None
     """KV bytes that an idle engine shrinks to. auto: a 64th of its ceiling, at least two KV blocks."""
 

@@ -22,7 +22,7 @@ from cluster.footprint import Footprint, remove_leftovers
 from cluster.host_memory import free_memory_bytes
 from cluster.launch_error import LaunchError, keep_logs, root_cause
 from cluster.models import ModelFacts, read_facts, resolve_source
-from cluster.preflight import check_platform, check_port
+from cluster.preflight import check_platform, check_port, check_shared_memory
 from cluster.readiness import answer_once
 from cluster.sizing import GIB, MIB, Sizing, plan_sizes
 from memory_agent.errors import SettingsError
@@ -163,6 +163,8 @@ class LocalCluster:
                 f"{spec.kv_rest_bytes // MIB} at rest, {spec.kv_guarantee_bytes // MIB} guaranteed, "
                 f"{spec.kv_ceiling_bytes // MIB} at most"
             )
+        buffers = zip(self.config.models, sizing.specs, strict=True)
+        check_shared_memory(sum(model.replicas * spec.host_buffer_bytes for model, spec in buffers))
         say(f"KV budget {sizing.budget_bytes / GIB:.2f} GiB; the cluster needs {sizing.needed_bytes / GIB:.2f} GiB")
         return sizing
 

@@ -2,8 +2,10 @@
 
 import errno
 import importlib.metadata
+import os
 import socket
 import sys
+from pathlib import Path
 
 import psutil
 
@@ -20,6 +22,17 @@ def check_platform() -> None:
         raise SettingsError(
             "vLLM's CPU build is not installed, and GPUs do not work yet; run `make serve EXTRA=cpu`"
         ) from error
+
+
+def check_shared_memory(wanted_bytes: int, folder: Path = Path("/dev/shm")) -> None:
+    """Raises SettingsError where host buffers of so many bytes do not fit into shared memory."""
+    system = os.statvfs(folder)
+    free_bytes = system.f_bavail * system.f_frsize
+    if wanted_bytes > free_bytes:
+        raise SettingsError(
+            f"the host buffers of all replicas take {wanted_bytes >> 20} MiB, but {folder} has {free_bytes >> 20} MiB "
+            "free: lower memory.host_buffer, or give the container more shared memory (--shm-size)"
+        )
 
 
 def check_port(host: str, port: int) -> None:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.config import ClusterConfig, ModelConfig
+from cluster.config import ClusterConfig, MemoryConfig, ModelConfig
 from cluster.models import ModelFacts
 from memory_agent.errors import SettingsError
 from memory_agent.lease_board import LIMIT_UNIT_BYTES
@@ -57,12 +57,13 @@ class EngineSizes:
     """One model's sizes before the budget is known; every replica of it has the same.
 
     least_bytes: the smallest guarantee that is possible; guarantee_bytes: the one that was chosen, or that.
-    static_bytes: KV bytes of one replica that is not elastic, held all the time; fixed_bytes: these, weights, process.
+    static_bytes: KV bytes of one replica that is not elastic, held all the time; fixed_bytes: these, weights, process,
+    host buffer.
     """
 
     model: ModelConfig
     facts: ModelFacts
-    charge_activations: bool
+    memory: MemoryConfig
 
     @property
     def block_tokens(self) -> int:
@@ -79,7 +80,7 @@ class EngineSizes:
     @property
     def step_bytes(self) -> int:
         """Charged activations of the smallest step: a token of each running request, and their logits."""
-        if not self.charge_activations:
+        if not self.memory.activations:
             return 0
         seqs, facts = self.model.max_num_seqs, self.facts
         return step_bytes(seqs, facts.activation_token_bytes, seqs, facts.logits_row_bytes)
@@ -99,8 +100,12 @@ class EngineSizes:
         return 0 if self.model.elastic else self.model.kv_ceiling or 2 * self.longest_bytes
 
     @property
+    def host_buffer_bytes(self) -> int:
+        return self.memory.host_buffer or 0 if self.model.elastic else 0
+
+    @property
     def fixed_bytes(self) -> int:
-        return REPLICA_BYTES + self.facts.weights_bytes + self.static_bytes
+        return REPLICA_BYTES + self.facts.weights_bytes + self.static_bytes + self.host_buffer_bytes
 
 
 def plan_sizes(config: ClusterConfig, facts: Sequence[ModelFacts], free_bytes: int) -> Sizing:
@@ -108,9 +113,7 @@ def plan_sizes(config: ClusterConfig, facts: Sequence[ModelFacts], free_bytes: i
 
     Raises SettingsError where the memory, a budget or a ceiling is too small: with what is needed and what would fit.
     """
-    engines = [
-        EngineSizes(model, fact, config.memory.activations) for model, fact in zip(config.models, facts, strict=True)
-    ]
+    engines = [EngineSizes(model, fact, config.memory) for model, fact in zip(config.models, facts, strict=True)]
     for engine in engines:
         check_guarantee(engine)
     fixed = BASE_BYTES + sum(e.model.replicas * e.fixed_bytes for e in engines)
@@ -162,7 +165,8 @@ def engine_spec(engine: EngineSizes, budget: int, wanted_rest: int | None) -> En
         kv_guarantee_bytes=engine.longest_bytes,
         weights_bytes=facts.weights_bytes,
         weight=model.weight,
-        charge_activations=engine.charge_activations,
+        charge_activations=engine.memory.activations,
+        host_buffer_bytes=engine.host_buffer_bytes,
         token_bytes=facts.activation_token_bytes,
         row_bytes=facts.logits_row_bytes,
         dtype=facts.dtype,

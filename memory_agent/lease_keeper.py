@@ -13,7 +13,8 @@ import logging
 from pathlib import Path
 
 from memory_agent.errors import SettingsError
-from memory_agent.lease_board import MAX_ROWS, AgentWord, EngineWord, LeaseBoard, Row, RowState
+from memory_agent.host_segment import host_segment_path
+from memory_agent.lease_board import MAX_ROWS, MAX_WORKERS, AgentWord, EngineWord, LeaseBoard, Row, RowState
 from memory_agent.lease_planner import check_guarantees, plan_leases
 from memory_agent.pressure import Pressure, usage_ratio
 from memory_agent.processes import ExitWatch
@@ -188,6 +189,8 @@ class LeaseKeeper:
         for role in tenant.watched:
             self._exits.remove((row.index, role))
         del self._tenants[row.index]
+        for rank in range(MAX_WORKERS):  # of an engine that was killed
+            host_segment_path(self.board.path, row.index, rank).unlink(missing_ok=True)
         row.clear()
 
     def _plan(self) -> None:

@@ -25,6 +25,8 @@ class EngineReport:
             one that was reported.
         token_budget: most tokens of a step that the lease allowed last.
         used_bytes: KV bytes that requests reference now.
+        host_bytes: taken in the host buffer. host_..._blocks, since the start: written to it; loaded from it; not
+            moved, because computing them again is cheaper; pushed out by others; not found whole, and computed again.
         rss_bytes: resident bytes of the engine's processes.
         map_failures: moves that a worker refused for lack of memory.
         conservation_failures: checks that found the engine's count of its memory at odds with what is mapped: a defect.
@@ -55,6 +57,12 @@ class EngineReport:
     running: int
     waiting: int
     preemptions: int
+    host_bytes: int
+    host_stored_blocks: int
+    host_loaded_blocks: int
+    host_declined_blocks: int
+    host_evicted_blocks: int
+    host_damaged_blocks: int
     inflate_count: int
     inflate_bytes: int
     deflate_count: int

@@ -2,7 +2,8 @@
 
 Activations grow linearly with the tokens of a step, with a constant part for what does not (sampling, attention
 scratch). The curve runs along the upper hull of what was observed, plus a margin, so it is not below any observation;
-beyond the largest one it goes on at the steeper of the last slope and the average.
+beyond the largest one it goes on at the steeper of the last slope and the average, but no steeper than was assumed
+before the first: of a few tokens most is the constant part.
 """
 
 from bisect import bisect_left
@@ -19,7 +20,7 @@ class ActivationProfile:
     """Bytes of activations by tokens of a step, learned from observed peaks.
 
     Args:
-        prior_bytes_per_token: assumed until the first observation, per worker; at least what the model can need.
+        prior_bytes_per_token: assumed until the first observation, per worker; at least what one more token can need.
     """
 
     def __init__(self, prior_bytes_per_token: int) -> None:
@@ -55,7 +56,7 @@ class ActivationProfile:
             steepest = y / x
             if at > 1:
                 steepest = max(steepest, (y - self._bytes[-2]) / (x - self._tokens[-2]))
-            return int((y + steepest * (tokens - x)) * _MARGIN)
+            return int((y + min(steepest, self._prior) * (tokens - x)) * _MARGIN)
         if at == 0:  # below the smallest observation: as much as that one
             return int(self._bytes[0] * _MARGIN)
         x0, x1, y0, y1 = self._tokens[at - 1], self._tokens[at], self._bytes[at - 1], self._bytes[at]

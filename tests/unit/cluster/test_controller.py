@@ -29,7 +29,9 @@ def engine(engine_id: str = "a", **values: Any) -> EngineReport:
         "committed_bytes": 50,
         "activation_bytes": 7, "activation_held_bytes": 5, "token_budget": 64, "used_bytes": 20,
         "demand_bytes": GIB // 2, "rss_bytes": 900, "running": 2, "waiting": 3,
-        "preemptions": 0, "inflate_count": 0, "inflate_bytes": 0, "deflate_count": 0, "deflate_bytes": 0,
+        "preemptions": 0, "host_bytes": 11, "host_stored_blocks": 0, "host_loaded_blocks": 0, "host_declined_blocks": 0,
+        "host_evicted_blocks": 0, "host_damaged_blocks": 0,
+        "inflate_count": 0, "inflate_bytes": 0, "deflate_count": 0, "deflate_bytes": 0,
         "map_failures": 0, "conservation_failures": 0, "overdue_bytes": 0,
         "blocks_mapped": 1, "reachable_blocks": 9, "blocks_ceiling": 10, "block_tokens": 128,
         "kv_usage": 0.25, "target_revision": 0, "pressure": PressureLevel.NORMAL,
@@ -163,7 +165,7 @@ def test_snapshot_accounts_for_every_byte_and_is_json(view: ClusterView) -> None
         "kv_cached_bytes": 50,
         "activation_bytes": 10,
         "free_bytes": 2 * GIB - 150,
-        "host_buffer_bytes": 0,
+        "host_buffer_bytes": 22,
     }
     owners = ("kv_used_bytes", "kv_cached_bytes", "activation_bytes", "free_bytes")
     assert sum(memory[owner] for owner in owners) == device["budget_bytes"]

@@ -186,3 +186,13 @@ def test_free_memory_is_bounded_by_the_container(tmp_path: Path) -> None:
     (v1 / "memory.limit_in_bytes").write_text("3000")
     (v1 / "memory.usage_in_bytes").write_text("3500")
     assert free_memory_bytes(v2, v1) == 0
+
+
+def test_host_buffers_count_beside_the_budget() -> None:
+    """Each elastic replica has one; memory that they need is not promised to KV memory."""
+    asked = config(models=[{"replicas": 2}], memory={"host_buffer": "512MiB"})
+    plain, buffered = (plan_sizes(one, [facts()], 24 * GIB) for one in (config(models=[{"replicas": 2}]), asked))
+    assert buffered.specs[0].host_buffer_bytes == 512 * MIB
+    assert buffered.needed_bytes == plain.needed_bytes + GIB
+    static = config(models=[{"elastic": False}], memory={"host_buffer": "512MiB"})
+    assert plan_sizes(static, [facts()], 24 * GIB).specs[0].host_buffer_bytes == 0

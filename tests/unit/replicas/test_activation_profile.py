@@ -41,13 +41,20 @@ def test_more_tokens_never_need_less(observations: list[tuple[int, int]], asked:
 )
 def test_a_linear_truth_is_met_within_a_quarter(fixed: int, slope: int, seen: list[int], asked: int) -> None:
     """Between and beyond the observations, from twice the smallest one on where a constant part exists."""
-    profile = ActivationProfile(1)
+    profile = ActivationProfile(100_000)
     for tokens in seen:
         profile.observe(tokens, fixed + slope * tokens)
     truth = fixed + slope * asked
     assert profile.bytes_for(asked) >= truth or asked < min(seen)
     if min(seen) <= asked <= max(seen):
         assert profile.bytes_for(asked) <= 1.25 * truth
+
+
+def test_one_observation_of_a_few_tokens_is_not_stretched() -> None:
+    """Most of it is the constant part: sixteen times the tokens do not need sixteen times as much."""
+    profile = ActivationProfile(1000)
+    profile.observe(1, 500_000)
+    assert 515_000 <= profile.bytes_for(16) <= 600_000
 
 
 def test_an_outlier_is_forgotten() -> None:
