@@ -28,10 +28,9 @@ async def measure_memory(facts: ModelFacts) -> Memory:
         async with local_engine(spec, None, SHARING) as engine:
             await engine.generate(_prompts(1, BLOCK_TOKENS, seed=1)[0], 2, "warm-up")
             for number, tokens in enumerate(sizes):
-                peak = WorkerPeak(engine, 0)
-                peak.restart()
+                peak = WorkerPeak(engine)
                 await engine.generate(_prompts(1, tokens, seed=2 + number)[0], 1, f"peak-{tokens}")
-                peaks.append((tokens, peak.read()))
+                peaks.append((tokens, peak.read() - peak.before_bytes))
     return fit_memory(block_bytes(facts), BLOCK_TOKENS, peaks)
 
 

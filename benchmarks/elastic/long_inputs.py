@@ -11,12 +11,14 @@ from pathlib import Path
 from benchmarks.elastic.bounds import Job, advantage
 from benchmarks.elastic.contest import Setting, contest
 from benchmarks.elastic.outcome import Outcome, Panel
+from benchmarks.elastic.process_memory import WorkerPeak
 from benchmarks.elastic.race import race
 from benchmarks.elastic.step_log import DecodeFigures, decode_figures
 from benchmarks.elastic.variants import MIB
 from cluster.bench.arrivals import OpenLoop
 from cluster.bench.report import LoadReport
 from cluster.bench.workload import random_workload
+from memory_agent.lease_board import EngineWord
 
 SETTING = Setting(
     max_model_len=4096,
@@ -27,6 +29,14 @@ SETTING = Setting(
 )
 TABLE_TOKENS = (512, 1024, SETTING.job.request_tokens, SETTING.max_model_len)
 SEED = 11
+LEFT_ON_THE_BOARD = (
+    EngineWord.BLOCKS_MAPPED,
+    EngineWord.TOKEN_BUDGET,
+    EngineWord.ACTIVATION_BYTES,
+    EngineWord.ACTIVATION_HELD_BYTES,
+    EngineWord.PREEMPTIONS,
+)
+"""What the elastic engine's last steps tell about how it divided its lease."""
 
 
 async def run(folder: Path) -> Outcome:
@@ -37,11 +47,11 @@ async def run(folder: Path) -> Outcome:
         held = {name: min(count, job.requests) for name, count in found.held.items()}
         rates = {name: found.speed.decode_rate(count, job.context) for name, count in held.items()}
         _print_bounds(table, rates)
-        for one in found.field.values():
-            one.peak.restart()
+        peaks = {name: WorkerPeak(one.engine) for name, one in found.field.items()}
         work = random_workload(job.requests, input_len=job.prompt, output_len=job.output, seed=SEED)
         reports = await race(found.field, work, OpenLoop(), SEED)
-        peak_bytes = {name: one.peak.read() for name, one in found.field.items()}
+        peak_bytes = {name: peak.read() for name, peak in peaks.items()}
+        words = {word.name: found.field["elastic"].engine.word(word) for word in LEFT_ON_THE_BOARD}
         figures = {name: decode_figures(one.log.steps) for name, one in found.field.items()}
     for name, report in reports.items():
         print(_line(name, figures[name], report, peak_bytes[name]), flush=True)
@@ -55,7 +65,8 @@ async def run(folder: Path) -> Outcome:
             "decode_bound_tokens_per_s": rates,
             "held_by_request_tokens": table,
             "figures": {name: asdict(one) for name, one in figures.items()},
-            "peak_bytes": peak_bytes,
+            "worker_peak_bytes": peak_bytes,
+            "elastic_board": words,
             "reports": {name: report.to_json() for name, report in reports.items()},
         },
         panels=[
@@ -83,6 +94,6 @@ def _line(name: str, figures: DecodeFigures, report: LoadReport, peak_bytes: int
     return (
         f"{name}: held {figures.held:.2f}, decode {figures.tokens_per_s:.1f} tok/s ({figures.step_ms:.0f} ms a step), "
         f"all in {report.duration_s:.0f} s ({report.output_throughput:.1f} tok/s), TTFT median "
-        f"{report.ttft.median_ms / 1000:.1f} s, {figures.preemptions} preemptions, worker's peak "
-        f"{peak_bytes / MIB:.0f} MiB"
+        f"{report.ttft.median_ms / 1000:.1f} s, {figures.preemptions} preemptions, "
+        f"worker's peak {peak_bytes / MIB:.0f} MiB with weights"
     )

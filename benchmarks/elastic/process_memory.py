@@ -18,22 +18,20 @@ def resident_bytes(engine: LocalEngine) -> int:
 
 
 class WorkerPeak:
-    """The most that an engine's workers held since the last ``restart``, above what they held when this was made.
+    """The most that an engine's workers held at once since this was made: weights, KV memory and activations."""
 
-    KV memory counts: it is taken from that floor.
-    """
-
-    def __init__(self, engine: LocalEngine, kv_bytes: int) -> None:
-        """``kv_bytes``: KV memory that is resident now. A static tensor is, all of it, from the start."""
+    def __init__(self, engine: LocalEngine) -> None:
         self._pids = [child.pid for child in engine.core_process().children()]
-        self._floor = sum(_memory(pid)["VmRSS"] for pid in self._pids) - kv_bytes
-
-    def restart(self) -> None:
         for pid in self._pids:
             Path(f"/proc/{pid}/clear_refs").write_text(_RESET_PEAK)
+        self.before_bytes = self._sum("VmRSS")
+        """Held when this was made."""
 
     def read(self) -> int:
-        return sum(_memory(pid)["VmHWM"] for pid in self._pids) - self._floor
+        return self._sum("VmHWM")
+
+    def _sum(self, name: str) -> int:
+        return sum(_memory(pid)[name] for pid in self._pids)
 
 
 def _memory(pid: int) -> dict[str, int]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.elastic.engine_target import EngineTarget
-from benchmarks.elastic.process_memory import WorkerPeak
 from benchmarks.elastic.step_log import StepLog
 from benchmarks.elastic.timed_scheduler import timed
 from benchmarks.elastic.turns import Player, TurnClock, in_turns
@@ -32,8 +31,6 @@ class Racer:
     engine: LocalEngine
     log: StepLog
     player: Player
-    peak: WorkerPeak
-    """Above what the worker held when it was ready."""
     times: Path | None
     """Where the scheduler writes its SchedulerTimes, if it is timed."""
 
@@ -59,10 +56,9 @@ async def racer(name: str, spec: EngineSpec, folder: Path, time_scheduler: bool 
     times = folder / f"{name}.times" if time_scheduler else None
     instruments = Instruments([log], timed(times) if times else None)
     async with local_engine(spec, folder / f"{name}.board", SHARING, instruments) as engine:
-        peak = WorkerPeak(engine, engine.held_bytes_os() if spec.elastic else spec.kv_ceiling_bytes)
         await _warm_up(engine)
         log.steps.clear()
-        yield Racer(engine, log, Player([engine], clock), peak, times)
+        yield Racer(engine, log, Player([engine], clock), times)
 
 
 @asynccontextmanager
