@@ -18,7 +18,7 @@ from replicas.lease_watch import WakePolicy, watch_lease
 MAX_MODEL_LEN = 2048
 MAX_NUM_SEQS = 32
 KV_BLOCKS = 160
-REQUESTS, INPUT, OUTPUT = 24, 512, 16
+REQUESTS, INPUT, OUTPUT = 16, 512, 16
 IDLE_S = 10.0
 SEED = 5
 

@@ -23,7 +23,7 @@ CLIENTS = 16
 CHUNK = 512
 KV_BLOCKS = 160
 """More than CLIENTS longest requests ever fill."""
-ROUNDS, REQUESTS = 4, 20
+ROUNDS, REQUESTS = 4, 16
 INPUT, OUTPUT, RANGE = 224, 56, 0.7
 
 
@@ -50,13 +50,13 @@ async def run(folder: Path) -> Outcome:
         scheduler_us = {name: times.us_a_step_since(before[name]) for name, times in _scheduler_times(field).items()}
         moves_ns = field["elastic"].engine.word(EngineWord.MOVE_NS) - moves_before_ns
         steps_s = {name: [s.seconds for s in racer.log.steps if s.seconds] for name, racer in field.items()}
-    added = (scheduler_us["elastic"] - scheduler_us["A"]) / 1e6 / statistics.mean(steps_s["elastic"])
-    moves = moves_ns / 1e9 / sum(steps_s["elastic"])
-    print(
-        "scheduler, us a step: "
-        + ", ".join(f"{name} {value:.0f}" for name, value in scheduler_us.items())
-        + f"; added {added:.2%} of a step; mapping and unmapping {moves:.2%}"
-    )
+        added = (scheduler_us["elastic"] - scheduler_us["A"]) / 1e6 / statistics.mean(steps_s["elastic"])
+        moves = moves_ns / 1e9 / sum(steps_s["elastic"])
+        print(
+            "scheduler, us a step: "
+            + ", ".join(f"{name} {value:.0f}" for name, value in scheduler_us.items())
+            + f"; added {added:.2%} of a step; mapping and unmapping {moves:.2%}"
+        )
     pairs = [advantage({name: rate[i] for name, rate in rates.items()}) for i in range(ROUNDS)]
     return Outcome(
         headline={
