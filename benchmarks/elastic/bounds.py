@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+STATIC = ("A", "B", "C")
+"""The baselines. Every other variant is ours."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -126,7 +129,7 @@ def best_chunk(job: Job, device_bytes: int, memory: Memory, speed: Speed, least:
 
 def advantage(figures: Mapping[str, float], lower_is_better: bool = False) -> tuple[float, float]:
     """How many times better the elastic figure is than A's, and than the best static one."""
-    ours, static = figures["elastic"], [value for name, value in figures.items() if name != "elastic"]
+    ours, static = figures["elastic"], [value for name, value in figures.items() if name in STATIC]
     if lower_is_better:
         return figures["A"] / ours, min(static) / ours
     return ours / figures["A"], ours / max(static)
