@@ -15,7 +15,7 @@ ifeq ($(EXTRA),cpu)
 TORCH_FROM := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)",UV_TORCH_BACKEND=cpu)
 endif
 
-.PHONY: serve setup test test-full lint format bench-overhead gpu-check clean
+.PHONY: serve setup test test-full lint format bench-overhead bench-elastic gpu-check clean
 .DEFAULT_GOAL := serve
 
 serve: setup ## Serve the default model on 127.0.0.1:8000; ARGS are those of `ellm serve`
@@ -50,6 +50,9 @@ format: setup ## Let ruff rewrite what it can
 
 bench-overhead: setup ## Throughput and returned memory of an elastic engine against plain vLLM; the last line is JSON
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
+
+bench-elastic: setup ## Elastic memory under pressure against three static engines; ARGS="--scenario long" for one; the last line is JSON
+	$(BIN)/python -m benchmarks.elastic $(ARGS)
 
 # Without setup: it runs where there are only torch, cuda-python, pytest and hypothesis.
 gpu-check: ## On a machine with an NVIDIA GPU: its tests, and what mapping costs; the last line is JSON

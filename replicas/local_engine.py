@@ -3,15 +3,17 @@
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from memory_agent.agent import Registration
 from memory_agent.lease_board import LIMIT_UNIT_BYTES, AgentWord, EngineWord, Lease, LeaseBoard, Row, RowState
@@ -19,6 +21,22 @@ from replicas.engine_config import build_vllm_config
 from replicas.environment import engine_environment, environment
 from replicas.spec import EngineSpec
 from replicas.vllm_plugin import own_engine_processes
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What a benchmark fits to an engine, through vLLM's own options.
+
+    Attributes:
+        stat_loggers: told of every step, as AsyncLLM's.
+        prepare: may change vLLM's resolved configuration before the start.
+    """
+
+    stat_loggers: Sequence[StatLoggerFactory] = ()
+    prepare: Callable[[VllmConfig], None] | None = None
+
+
+_BARE = Instruments()
 
 
 @dataclass
@@ -82,11 +100,13 @@ class LocalEngine:
 
 
 @asynccontextmanager
-async def local_engine(spec: EngineSpec, board: Path | None, engines: int = 1) -> AsyncIterator[LocalEngine]:
+async def local_engine(
+    spec: EngineSpec, board: Path | None, engines: int = 1, instruments: Instruments = _BARE
+) -> AsyncIterator[LocalEngine]:
     """Start an engine, one of ``engines`` that share the cores; an elastic one if ``spec`` says so, on a new lease
     board at ``board`` that the caller writes in the agent's place. The lease is the whole ceiling at first."""
     if board is None or not spec.elastic:
-        async with _running(spec, "", None, engines) as engine:
+        async with _running(spec, "", None, engines, instruments) as engine:
             yield engine
         return
     row = LeaseBoard.create(board, spec.ceiling_bytes).row(0)
@@ -94,27 +114,33 @@ async def local_engine(spec: EngineSpec, board: Path | None, engines: int = 1) -
     row.set(AgentWord.LEASE, Lease(spec.ceiling_bytes, 1).pack())
     row.set(AgentWord.STATE, RowState.STARTING)
     try:
-        async with _running(spec, str(board), row, engines) as engine:
+        async with _running(spec, str(board), row, engines, instruments) as engine:
             yield engine
     finally:
         os.unlink(board)
 
 
 @asynccontextmanager
-async def local_engine_at(spec: EngineSpec, place: Registration, engines: int = 1) -> AsyncIterator[LocalEngine]:
+async def local_engine_at(
+    spec: EngineSpec, place: Registration, engines: int = 1, instruments: Instruments = _BARE
+) -> AsyncIterator[LocalEngine]:
     """Start an elastic engine at a row that a memory agent has given."""
     row = LeaseBoard.open(Path(place.board_path)).row(place.row)
-    async with _running(spec, place.board_path, row, engines) as engine:
+    async with _running(spec, place.board_path, row, engines, instruments) as engine:
         yield engine
 
 
 @asynccontextmanager
-async def _running(spec: EngineSpec, board: str, row: Row | None, engines: int) -> AsyncIterator[LocalEngine]:
+async def _running(
+    spec: EngineSpec, board: str, row: Row | None, engines: int, instruments: Instruments
+) -> AsyncIterator[LocalEngine]:
     own_engine_processes()
     config = build_vllm_config(spec, board, row.index if row else 0)
+    if instruments.prepare is not None:
+        instruments.prepare(config)
     before = {child.pid for child in psutil.Process().children()}
     with environment(engine_environment(spec, engines)):
-        llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        llm = AsyncLLM.from_vllm_config(config, stat_loggers=list(instruments.stat_loggers), disable_log_stats=True)
     try:
         core = next(c for c in psutil.Process().children() if c.pid not in before and c.children())
         yield LocalEngine(llm, row, core.pid)

@@ -3,13 +3,13 @@
 import asyncio
 import itertools
 import math
-import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from cluster.bench.arrivals import Arrivals, ClosedLoop, due_times
+from cluster.bench.clock import Clock, WallClock
 from cluster.bench.errors import BenchError, RequestFailed
 from cluster.bench.report import DEFAULT_PERCENTILES, LoadReport, RequestRecord, Slo
 from cluster.bench.target import Chunk, Target, Usage
@@ -30,6 +30,7 @@ async def run_load(
     slo: Slo | None = None,
     percentiles: Sequence[float] = DEFAULT_PERCENTILES,
     on_done: Done | None = None,
+    clock: Clock | None = None,
 ) -> LoadReport:
     """Send ``workload`` at the times of ``arrivals``; the report when every request has been answered or has failed.
 
@@ -39,6 +40,7 @@ async def run_load(
             count. The others then start with their first one's time as 0.
         slo: what a good request keeps; for goodput and attainment.
         on_done: called with each counted request's record when it has ended.
+        clock: every time of the run is read from it; the machine's by default.
 
     Raises BenchError where nothing is left to count, or the requests carry no times to replay.
     """
@@ -48,10 +50,11 @@ async def run_load(
             f"{len(workload.requests)} requests with a warm-up of {warmup} leave none to count: give a smaller --warmup"
         )
     dues = None if isinstance(arrivals, ClosedLoop) else due_times(arrivals, counted, seed)
-    warming = _Run(target, None)
+    clock = clock or WallClock()
+    warming = _Run(target, None, clock)
     if ahead:
         await warming.closed_loop(ahead, WARMUP_CLIENTS)
-    run = _Run(target, on_done)
+    run = _Run(target, on_done, clock)
     if isinstance(arrivals, ClosedLoop):
         await run.closed_loop(counted, arrivals.concurrency)
     else:
@@ -82,25 +85,24 @@ def _arrivals_json(arrivals: Arrivals) -> dict[str, Any]:
 class _Run:
     """One pass over some requests. Times are seconds since its making."""
 
-    def __init__(self, target: Target, on_done: Done | None) -> None:
+    def __init__(self, target: Target, on_done: Done | None, clock: Clock) -> None:
         self._target = target
         self._on_done = on_done
+        self._clock = clock
         self._in_flight = 0
-        self._started = time.perf_counter()
+        self._started = clock.now()
         self.most_in_flight = 0
         self.records: list[RequestRecord] = []
 
     def now(self) -> float:
-        return time.perf_counter() - self._started
+        return self._clock.now() - self._started
 
     async def open_loop(self, requests: Sequence[Request], dues: Sequence[float]) -> None:
         """Send each request when it is due, whatever has become of the ones before."""
         async with asyncio.TaskGroup() as group:
             for request, due_s in zip(requests, dues, strict=True):
                 events = self._target.stream(request)
-                wait_s = due_s - self.now()
-                if wait_s > 0:
-                    await asyncio.sleep(wait_s)
+                await self._clock.sleep_until(self._started + due_s)
                 group.create_task(self._observe(request, events, due_s))
 
     async def closed_loop(self, requests: Sequence[Request], clients: int) -> None:

@@ -1,0 +1,9 @@
+"""What elastic memory is worth under pressure: an elastic engine against three static ones with the same device bytes.
+
+    A          vLLM without chunked prefill; its activation reserve covers the longest prompt, the rest is KV memory
+    B          vLLM with chunked prefill, its step size tuned; the reserve covers one step
+    C          as B, with the host's bytes added to the device's
+    elastic    KV memory and activations share the device's bytes, step by step
+
+Every scenario prints the bound that follows from bytes and rates measured in the same run, then what came out.
+"""

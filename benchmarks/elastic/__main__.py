@@ -1,0 +1,48 @@
+"""`python -m benchmarks.elastic [--scenario NAME ...]`: bounds, figures, results/elastic.json, and a last line of JSON.
+
+A ratio is against baseline A; with the suffix ``_vs_best`` against the best of A, B and C. A scenario that did not run
+has no key.
+"""
+
+import argparse
+import asyncio
+import tempfile
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+from benchmarks.elastic import idle, long_inputs, no_pressure
+from benchmarks.elastic.outcome import Outcome, draw, headline_line, save
+
+Scenario = Callable[[Path], Awaitable[Outcome]]
+SCENARIOS: Mapping[str, Scenario] = {
+    "long": long_inputs.run,
+    "no-pressure": no_pressure.run,
+    "idle": idle.run,
+}
+
+
+async def run(scenarios: Mapping[str, Scenario]) -> dict[str, Outcome]:
+    outcomes = {}
+    for name, scenario in scenarios.items():
+        print(f"== {name}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            one = outcomes[name] = await scenario(Path(folder))
+        save({name: one})
+        for key, share in one.reached.items():
+            print(f"{key}: {one.headline[key]:.2f} of a bound of {one.bounds[key]:.2f}, {share:.0%}", flush=True)
+    return outcomes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--scenario", action="append", choices=list(SCENARIOS), help="run this one only; may be given several times"
+    )
+    names = parser.parse_args().scenario or list(SCENARIOS)
+    outcomes = asyncio.run(run({name: SCENARIOS[name] for name in names}))
+    print(draw(outcomes))
+    print(headline_line(outcomes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The most that memory and speed allow. Pure: measured bytes and rates in, ratios out.
+
+    device bytes  |--- activations of the largest step ---|--- KV blocks: null | request | request | rest ---|
+
+A static engine sets the first part aside for its largest step for ever; an elastic one needs it while the step runs and
+can make do with the smallest step. So the elastic engine's bound is what fits beside the smallest step.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+STATIC = ("A", "B", "C")
+"""The baselines. Every other variant is ours."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What tokens cost.
+
+    Attributes:
+        block_bytes, block_tokens: of a KV block.
+        token_bytes: activations of a token of a step; step_bytes: of a step whatever its size.
+    """
+
+    block_bytes: int
+    block_tokens: int
+    token_bytes: float
+    step_bytes: float
+
+    def activation_bytes(self, tokens: int) -> int:
+        """Activations of a step."""
+        return round(self.step_bytes + tokens * self.token_bytes)
+
+    def blocks(self, device_bytes: int, step_tokens: int) -> int:
+        """KV blocks beside the activations of a step, vLLM's null block included; 0 where there is no room."""
+        return max(0, device_bytes - self.activation_bytes(step_tokens)) // self.block_bytes
+
+    def held(self, device_bytes: int, step_tokens: int, request_tokens: int) -> int:
+        """Requests of ``request_tokens``, prompt and output, whose KV fits at once beside such a step."""
+        return max(0, self.blocks(device_bytes, step_tokens) - 1) // self.request_blocks(request_tokens)
+
+    def request_blocks(self, request_tokens: int) -> int:
+        return -(-request_tokens // self.block_tokens)
+
+
+def fit_memory(block_bytes: int, block_tokens: int, peaks: Sequence[tuple[int, int]]) -> Memory:
+    """The line through ``peaks``, (tokens of a step, bytes at its peak), which are at least two sizes."""
+    tokens, peak_bytes = (np.array(column, dtype=float) for column in zip(*peaks, strict=True))
+    slope, constant = np.polyfit(tokens, peak_bytes, 1)
+    return Memory(block_bytes, block_tokens, float(slope), max(0.0, float(constant)))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How long steps take.
+
+    Attributes:
+        prefill_s: seconds of one prompt of the scenario's length, by the most tokens of a step.
+        step_s, row_s, context_s: a decode step takes step_s, and for each request row_s and context_s a token before.
+    """
+
+    prefill_s: Mapping[int, float]
+    step_s: float
+    row_s: float
+    context_s: float
+
+    def decode_step_s(self, batch: int, context: float) -> float:
+        """Seconds of a step that decodes ``batch`` requests, each with ``context`` tokens so far."""
+        return self.step_s + batch * (self.row_s + context * self.context_s)
+
+    def decode_rate(self, batch: int, context: float) -> float:
+        """Output tokens a second of such steps; 0 for an empty batch."""
+        return batch / self.decode_step_s(batch, context) if batch else 0.0
+
+
+def fit_decode(prefill_s: Mapping[int, float], points: Sequence[tuple[int, float, float]]) -> Speed:
+    """Least squares over ``points``, (batch, context, seconds of a step); no part is negative."""
+    rows = np.array([[1.0, batch, batch * context] for batch, context, _ in points])
+    seconds = np.array([point[2] for point in points])
+    parts = [0, 1, 2]
+    solution = np.zeros(3)
+    while parts:
+        found = np.linalg.lstsq(rows[:, parts], seconds, rcond=None)[0]
+        if (found >= 0).all():
+            solution[parts] = found
+            break
+        del parts[int(found.argmin())]
+    return Speed(prefill_s, *(float(part) for part in solution))
+
+
+@dataclass(frozen=True)
+class Job:
+    """``requests`` prompts of ``prompt`` tokens, all there at the start, with ``output`` tokens each."""
+
+    requests: int
+    prompt: int
+    output: int
+
+    @property
+    def request_tokens(self) -> int:
+        return self.prompt + self.output
+
+    @property
+    def context(self) -> float:
+        """Tokens before a decoded one, on average."""
+        return self.prompt + self.output / 2
+
+
+def makespan_s(job: Job, held: int, step_tokens: int, speed: Speed) -> float:
+    """Estimated seconds of the whole job in waves of ``held`` requests; infinite where none is held."""
+    if held < 1:
+        return float("inf")
+    full, rest = divmod(job.requests, held)
+    waves = [held] * full + [rest] * (rest > 0)
+    decode = sum(job.output * speed.decode_step_s(wave, job.context) for wave in waves)
+    return job.requests * speed.prefill_s[step_tokens] + decode
+
+
+def best_chunk(job: Job, device_bytes: int, memory: Memory, speed: Speed, least: int) -> int:
+    """The step size, of those whose prefill was measured, with which a static engine ends ``job`` first: larger steps
+    are faster and leave less KV memory. It must leave ``least`` KV blocks. Raises ValueError where none does."""
+    fitting = [c for c in speed.prefill_s if memory.blocks(device_bytes, c) >= least]
+    if not fitting:
+        raise ValueError(f"{device_bytes} bytes leave {least} KV blocks beside no step of {sorted(speed.prefill_s)}")
+    return min(fitting, key=lambda c: (makespan_s(job, memory.held(device_bytes, c, job.request_tokens), c, speed), c))
+
+
+def advantage(figures: Mapping[str, float], lower_is_better: bool = False) -> tuple[float, float]:
+    """How many times better the elastic figure is than A's, and than the best static one."""
+    ours, static = figures["elastic"], [value for name, value in figures.items() if name in STATIC]
+    if lower_is_better:
+        return figures["A"] / ours, min(static) / ours
+    return ours / figures["A"], ours / max(static)

@@ -1,0 +1,111 @@
+"""A device too small for its load, and all variants on it: what the scenarios under pressure have in common.
+
+The device has just the bytes with which A serves its longest request: activations of that prompt in one step, and its
+KV memory.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.elastic.bounds import Job, Memory, Speed, best_chunk
+from benchmarks.elastic.calibrate import measure_memory, measure_speed
+from benchmarks.elastic.race import Racer, racers
+from benchmarks.elastic.variants import (
+    MIB,
+    Device,
+    block_bytes,
+    elastic_variants,
+    longest_blocks,
+    model_facts,
+    static_variants,
+)
+
+_ROOM = 4
+"""The lease while speed is measured, over the device's bytes: nothing then waits for memory."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a scenario asks of its engines.
+
+    Attributes:
+        job: shape of its requests; what B's step size is tuned for.
+        chunks: step sizes that B may have; batches: of decode steps that are measured.
+    """
+
+    max_model_len: int
+    max_num_seqs: int
+    job: Job
+    chunks: tuple[int, ...]
+    batches: tuple[int, ...]
+
+    def held(self, memory: Memory, device: Device, chunk: int, request_tokens: int) -> dict[str, int]:
+        """Requests of ``request_tokens`` that each variant can hold at once. The elastic one needs room for the
+        smallest step alone, a token of each request."""
+        both = device.device_bytes + device.host_bytes
+        room = {
+            "A": (device.device_bytes, self.max_model_len),
+            "B": (device.device_bytes, chunk),
+            "C": (both, chunk),
+            "elastic": (device.device_bytes, self.max_num_seqs),
+        }
+        return {name: min(self.max_num_seqs, memory.held(*place, request_tokens)) for name, place in room.items()}
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The variants, ready to run, and what was measured before they were made.
+
+    Attributes:
+        chunk: step size of B and C.
+        held: requests of the job that each variant can hold at once.
+    """
+
+    setting: Setting
+    memory: Memory
+    speed: Speed
+    device: Device
+    chunk: int
+    held: Mapping[str, int]
+    field: Mapping[str, Racer]
+
+    def to_json(self) -> dict[str, Any]:
+        parts = {name: asdict(getattr(self, name)) for name in ("setting", "memory", "speed", "device")}
+        return parts | {"chunk": self.chunk, "held_bound": dict(self.held)}
+
+
+@asynccontextmanager
+async def contest(setting: Setting, folder: Path) -> AsyncIterator[Contest]:
+    """Measure memory and speed, tune B, start all variants, tighten the elastic ones' lease to the device."""
+    longest = setting.max_model_len
+    facts = model_facts(longest)
+    memory = await measure_memory(facts)
+    device_bytes = memory.activation_bytes(longest) + longest_blocks(longest) * block_bytes(facts)
+    device = Device(device_bytes, host_bytes=device_bytes)
+    async with racers(elastic_variants(facts, setting.max_num_seqs, _ROOM * device_bytes), folder) as ours:
+        speed = await measure_speed(ours["elastic"], setting.job, setting.chunks, setting.batches)
+        chunk = best_chunk(setting.job, device_bytes, memory, speed, longest_blocks(longest))
+        held = setting.held(memory, device, chunk, setting.job.request_tokens)
+        _print(setting.job, memory, speed, device, chunk)
+        async with racers(static_variants(facts, setting.max_num_seqs, memory, device, chunk), folder) as static:
+            for one in ours.values():
+                await one.lease(device_bytes)
+            yield Contest(setting, memory, speed, device, chunk, held, static | ours)
+
+
+def _print(job: Job, memory: Memory, speed: Speed, device: Device, chunk: int) -> None:
+    print(
+        f"device {device.device_bytes / MIB:.0f} MiB, C {device.host_bytes / MIB:.0f} MiB more; activations "
+        f"{memory.step_bytes / MIB:.1f} MiB + {memory.token_bytes / 1024:.1f} KiB a token, KV block "
+        f"{memory.block_bytes / MIB:.2f} MiB"
+    )
+    prefill = ", ".join(f"{step}: {seconds:.2f} s" for step, seconds in speed.prefill_s.items())
+    print(f"prefill of {job.prompt} tokens by step size: {prefill}; B and C take steps of {chunk}")
+    print(
+        f"a decode step: {1000 * speed.step_s:.0f} ms + {1000 * speed.row_s:.1f} ms a request + "
+        f"{1e6 * speed.context_s:.1f} ms a request and 1,000 tokens of context",
+        flush=True,
+    )
