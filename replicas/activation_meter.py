@@ -24,6 +24,7 @@ class ActivationMeter:
         self._probe = HeapProbe()
         self._tokens = self._rows = 0
         self._left = 0
+        self._first = True
 
     def start_step(self, tokens: int, rows: int) -> None:
         """The forward of a step with so many tokens of so many requests comes next."""
@@ -32,9 +33,14 @@ class ActivationMeter:
             self._probe.restart()
 
     def finish_step(self) -> list[ActivationSample]:
-        """What the step that was started last took; nothing where none has run, or none is charged."""
+        """What the step that was started last took; nothing where none has run but the very first, or none is
+        charged."""
         tokens, self._tokens = self._tokens, 0
         if not tokens or not self._charged:
+            return []
+        if self._first:  # libraries allocate what they keep for good: it would count as the step's
+            self._first = False
+            self._probe.trim()
             return []
         use = self._probe.read()
         peak, held = use.peak_bytes, use.held_bytes
