@@ -42,14 +42,13 @@ class ActivationLedger:
         self._logits = ActivationProfile(row_bytes)
         self._ranks = ranks
         self._expected = 0
-        self._left_before_rest = 0
         self.held_bytes = 0
         """Measured after the last step that was reported; on the worker that reported last, times the ranks."""
 
     @property
     def charged_bytes(self) -> int:
         """What the newest step can hold."""
-        return max(self.held_bytes, self._expected)
+        return self.held_bytes + self._expected
 
     def bytes_for(self, tokens: int, rows: int) -> int:
         """Upper estimate for a step."""
@@ -63,23 +62,18 @@ class ActivationLedger:
         low, high = least, max(least, most)
         while low < high:
             middle = (low + high + 1) // 2
-            if self._total(middle, rows) <= room(middle):
+            if self.held_bytes + self.bytes_for(middle, rows) <= room(middle):
                 low = middle
             else:
                 high = middle - 1
-        return StepAllowance(low, self._total(low, rows))
-
-    def _total(self, tokens: int, rows: int) -> int:
-        """What is held while such a step runs. The first one after a rest takes again what a trim has given back."""
-        return max(self.held_bytes, self._left_before_rest) + self.bytes_for(tokens, rows)
+        return StepAllowance(low, self.held_bytes + self.bytes_for(low, rows))
 
     def on_step(self, tokens: int, rows: int) -> None:
         """A step was scheduled."""
-        self._expected = self._total(tokens, rows) if tokens else 0
+        self._expected = self.bytes_for(tokens, rows)
 
     def on_rest(self) -> None:
         """No step runs, and the next one starts with trimmed heaps."""
-        self._left_before_rest = self.held_bytes
         self.held_bytes = self._expected = 0
 
     def observe(self, sample: ActivationSample) -> None:

@@ -6,6 +6,7 @@ from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 
+from memory_agent.errors import SettingsError
 from memory_agent.kv_fingerprint import model_identity
 from replicas.elastic_settings import ElasticSettings
 from replicas.spec import EngineSpec
@@ -30,7 +31,7 @@ def build_engine_args(spec: EngineSpec, **overrides: Any) -> AsyncEngineArgs:
 def build_vllm_config(spec: EngineSpec, board_path: str = "", row: int = 0) -> VllmConfig:
     """The resolved configuration of an engine; elastic where ``spec`` says so and a lease board is given.
 
-    Raises what vLLM raises for settings it refuses.
+    Raises what vLLM raises for settings it refuses, SettingsError for a model that cannot be elastic.
     """
     if not (spec.elastic and board_path):
         return _resolve(build_engine_args(spec), spec)
@@ -53,10 +54,21 @@ def build_vllm_config(spec: EngineSpec, board_path: str = "", row: int = 0) -> V
         kv_load_failure_policy="recompute",
     )
     config = _resolve(build_engine_args(spec, kv_transfer_config=transfer), spec)
+    check_elastic(config)
     # Chosen after vLLM has settled on synchronous or asynchronous scheduling.
     name = "ElasticAsyncScheduler" if config.scheduler_config.async_scheduling else "ElasticScheduler"
     config.scheduler_config.scheduler_cls = f"replicas.elastic_scheduler.{name}"
     return config
+
+
+def check_elastic(config: VllmConfig) -> None:
+    """Raises SettingsError for a kind of model whose tokens are not known to stay the same with elastic memory."""
+    model = config.model_config
+    if model.is_hybrid or model.is_attention_free:
+        raise SettingsError(
+            f"{model.architecture} has layers that keep a recurrent state in the KV cache, and these are not proven "
+            "exact with elastic memory; set elastic: false"
+        )
 
 
 def _resolve(args: AsyncEngineArgs, spec: EngineSpec) -> VllmConfig:

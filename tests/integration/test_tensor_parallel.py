@@ -19,7 +19,7 @@ from tests.integration.tiny_models import (
     tiny_spec,
 )
 
-TOKENS = 150
+TOKENS = 100
 SHORTAGE = "tests.integration.memory_shortage.MemoryShortage"
 
 

@@ -91,13 +91,13 @@ def prompts(count: int = 12) -> list[list[int]]:
 
 @asynccontextmanager
 async def swinging(engine: LocalEngine) -> AsyncIterator[None]:
-    """Swing the lease between one longest request's worth and the ceiling, many times a second."""
+    """Swing the lease between one longest request's worth and the ceiling, several times a second."""
     rng = random.Random(3)
 
     async def swing() -> None:
         while True:
             engine.set_limit(rng.choice([GUARANTEE_BLOCKS, 50, 90, CEILING_BLOCKS]) * BLOCK_BYTES)
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.15)
 
     task = asyncio.create_task(swing())
     try:
