@@ -54,7 +54,7 @@ def test_one_observation_of_a_few_tokens_is_not_stretched() -> None:
     """Most of it is the constant part: sixteen times the tokens do not need sixteen times as much."""
     profile = ActivationProfile(1000)
     profile.observe(1, 500_000)
-    assert 515_000 <= profile.bytes_for(16) <= 600_000
+    assert 515_000 <= profile.bytes_for(16) <= 620_000
 
 
 def test_an_outlier_is_forgotten() -> None:
