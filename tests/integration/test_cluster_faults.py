@@ -81,6 +81,7 @@ def test_new_requests_avoid_a_replica_under_pressure(cluster: str, model: str) -
         with ThreadPoolExecutor(20) as pool:
             load = [pool.submit(stream, cluster, model, prompt_of(i, 900), 150) for i in range(8)]
             until(lambda: replicas(cluster)[victim]["pressure"] == "CRITICAL", "the victim is under heavy pressure")
+            until(lambda: sum(requests_of(cluster, one) for one in (victim, other)) == len(load), "all have arrived")
             assert replicas(cluster)[other]["pressure"] != "CRITICAL"
             before_victim, before_other = requests_of(cluster, victim), requests_of(cluster, other)
             more = [pool.submit(stream, cluster, model, prompt_of(100 + i, 20), 40) for i in range(5)]

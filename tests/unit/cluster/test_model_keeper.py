@@ -123,6 +123,7 @@ async def test_an_addition_counts_what_is_on_its_way(keeper: ModelKeeper, fleet:
     await settle(keeper)
     fleet.free, fleet.replicas_start = 4 * GIB, False
     keeper.add(new(source))
+    await until(keeper, lambda: phases(keeper).get("c") == "starting")
     keeper.add(new(source, name="d"))
     await until(keeper, lambda: phases(keeper).get("d") == "failed")
     assert phases(keeper)["c"] == "starting"
