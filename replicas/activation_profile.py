@@ -9,7 +9,7 @@ tokens most is the constant part.
 from bisect import bisect_left
 from collections import deque
 
-_MARGIN = 1.17
+_MARGIN = 1.2
 """Equal steps differ by up to a tenth, and the first one after a rest takes again what the trim gave back."""
 _BUCKETS_PER_OCTAVE = 4
 """Observations of about the same number of tokens share a memory: four such classes between n and 2n tokens."""
