@@ -70,7 +70,7 @@ class ActivationLedger:
 
     def on_step(self, tokens: int, rows: int) -> None:
         """A step was scheduled."""
-        self._expected = self.bytes_for(tokens, rows)
+        self._expected = self.bytes_for(tokens, rows) if tokens else 0
 
     def on_rest(self) -> None:
         """No step runs, and the next one starts with trimmed heaps."""

@@ -146,6 +146,7 @@ class ElasticKv:
         self._idle_since = None if busy else self._idle_since or now
         self._shortage = False
         self._before = _Holding(self._kv_bytes(), self._activation_bytes)
+        self._allowance = StepAllowance(0, 0)
         if busy:
             self._plan_activations(lease.limit_bytes, demand)
         self._plan = plan_moves(
