@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
@@ -53,14 +52,14 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         assert vllm_config.kv_transfer_config is not None
         self.settings = ElasticSettings.from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
-        self._geometry = kv_geometry(kv_cache_config)
-        self._groups = kv_groups(vllm_config, kv_cache_config)
+        self.geometry = kv_geometry(kv_cache_config)
+        self.groups = kv_groups(vllm_config, kv_cache_config)
         self._memory: KvMemory | None = None
         self._kv: ElasticKv | None = None
         self._acks: list[KvAck] = []
         self._samples: list[ActivationSample] = []
         self._host_slots = self._slots()
-        self._fingerprint = partial(_fingerprint, vllm_config, self._geometry, self.settings.weights_identity)
+        self._fingerprint = partial(_fingerprint, vllm_config, self.geometry, self.settings.weights_identity)
         self.host: HostTier | None = None
         self._copies: HostCopies | None = None
 
@@ -72,7 +71,7 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
     # -- worker -------------------------------------------------------------------------------------------------------
 
     def get_mem_pool_context(self) -> AbstractContextManager[Any]:
-        self._memory = KvMemory(self._geometry, self.settings.rest_bytes)
+        self._memory = KvMemory(self.geometry, self.settings.rest_bytes)
         return self._memory.allocation()
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata:
@@ -144,13 +143,13 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
             self.host = HostTier(
                 pool,
                 self._host_slots,
-                self._geometry.block_bytes,
-                self._groups[0].block_tokens,
+                self.geometry.block_bytes,
+                self.groups[0].block_tokens,
                 self._fingerprint(rank=0).digest,
                 len(handshakes),
             )
-        on_evict = self.host.evict if self.host is not None else _leave
-        self._kv = ElasticKv(self.settings, self._geometry, self._groups, pool, handshakes, on_evict)
+        on_evict = self.host.evict if self.host is not None else None
+        self._kv = ElasticKv(self.settings, self.geometry, self.groups, pool, handshakes, on_evict)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         moves = self.kv.take_moves(
@@ -201,9 +200,9 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _slots(self) -> int:
         """Slots of each worker's part of the host buffer; 0 for none."""
-        slots = self.settings.host_buffer_bytes // self._geometry.block_bytes
-        if slots and len(self._groups) > 1:
-            logger.warning("no host buffer: it takes models of one KV cache group, this one has %d", len(self._groups))
+        slots = self.settings.host_buffer_bytes // self.geometry.block_bytes
+        if slots and len(self.groups) > 1:
+            logger.warning("no host buffer: it takes models of one KV cache group, this one has %d", len(self.groups))
             return 0
         return slots
 
@@ -212,7 +211,7 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         rank = get_tensor_model_parallel_rank()
         path = host_segment_path(Path(self.settings.board_path), self.settings.row, rank)
         path.unlink(missing_ok=True)
-        return HostSegment.create(path, self._geometry.block_bytes, self._host_slots, self._fingerprint(rank).digest)
+        return HostSegment.create(path, self.geometry.block_bytes, self._host_slots, self._fingerprint(rank).digest)
 
     @cached_property
     def _activations(self) -> ActivationMeter:
@@ -235,7 +234,3 @@ def _fingerprint(config: "VllmConfig", geometry: KvGeometry, weights: str, rank:
         tp_rank=rank,
         tp_size=config.parallel_config.tensor_parallel_size,
     )
-
-
-def _leave(block: "KVCacheBlock") -> None:
-    """Without a host buffer an evicted block is gone."""

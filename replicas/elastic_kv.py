@@ -88,7 +88,7 @@ class ElasticKv:
         groups: Sequence[KvGroup],
         pool: BlockPool,
         handshakes: list[KvHandshake],
-        on_evict: Callable[[KVCacheBlock], None] = lambda block: None,
+        on_evict: Callable[[KVCacheBlock], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         first = handshakes[0]

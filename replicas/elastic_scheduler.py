@@ -11,7 +11,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from memory_agent.lease_board import EngineWord, ReplicaWord
 from replicas.elastic_connector import ElasticKVConnector
 from replicas.elastic_kv import ElasticKv, StepDemand
-from replicas.kv_geometry import check_guarantee, kv_geometry, kv_groups
+from replicas.kv_geometry import check_guarantee
 from replicas.kv_plan import blocks_ahead
 from replicas.vllm_adapter import check_scheduler, preempt_last, returning_blocks
 
@@ -28,10 +28,10 @@ class _Elastic(Scheduler):
         if not isinstance(self.connector, ElasticKVConnector):
             raise TypeError(f"{type(self).__name__} needs ElasticKVConnector, found {type(self.connector).__name__}")
         self._elastic_connector = self.connector
-        self._kv_groups = kv_groups(self.vllm_config, self.kv_cache_config)
+        self._kv_groups = self.connector.groups
         check_guarantee(
             self._kv_groups,
-            kv_geometry(self.kv_cache_config),
+            self.connector.geometry,
             self.vllm_config.parallel_config.world_size,
             self.connector.settings.kv_guarantee_bytes,
         )

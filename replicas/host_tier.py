@@ -21,6 +21,7 @@ from memory_agent.kv_fingerprint import block_key
 from memory_agent.lease_board import EngineWord, Row
 from replicas.break_even import BreakEven, Move
 from replicas.host_moves import HostCopy, HostReport, HostWork
+from replicas.vllm_adapter import free_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class HostTier:
         """vLLM is about to allocate up to ``blocks`` blocks: remember what they hold now."""
         self._watched = [
             (block, block.block_hash)
-            for block in islice(_free_blocks(self._pool), blocks)
+            for block in islice(free_blocks(self._pool), blocks)
             if block.block_hash is not None
         ]
 
@@ -185,12 +186,3 @@ class HostTier:
         for copy in work.load:
             self.buffer.unpin([copy.key])
         self._loaded += len(work.load) - sum(copy.key in unloaded for copy in work.load)
-
-
-def _free_blocks(pool: BlockPool) -> Iterable[KVCacheBlock]:
-    """vLLM's free blocks in the order in which they are allocated."""
-    queue = pool.free_block_queue
-    block = queue.fake_free_list_head.next_free_block
-    while block is not None and block is not queue.fake_free_list_tail:
-        yield block
-        block = block.next_free_block

@@ -40,7 +40,7 @@ class KvParking:
         pool: BlockPool,
         extents: ExtentMap,
         mapped: Iterable[int],
-        on_evict: Callable[[KVCacheBlock], None] = lambda block: None,
+        on_evict: Callable[[KVCacheBlock], None] | None = None,
     ) -> None:
         self._pool = pool
         self._on_evict = on_evict
@@ -102,8 +102,9 @@ class KvParking:
         chosen = [extent for _, extent in heapq.nsmallest(count, self._free_extents())] if count > 0 else []
         for extent in chosen:
             blocks = self._blocks(extent)
-            for block in blocks:
-                self._on_evict(block)
+            if self._on_evict is not None:
+                for block in blocks:
+                    self._on_evict(block)
             self._pool.evict_blocks({block.block_id for block in blocks})
             self._pool.touch(blocks)
             self._move(extent, ExtentState.MAPPED, ExtentState.UNMAPPING)

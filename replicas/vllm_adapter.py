@@ -1,13 +1,17 @@
 """The one place that touches vLLM's scheduler below its public surface, with a check that it looks as expected.
 
-vLLM has no public way to preempt a running request when memory has to go back to a neighbour. ``preempt_last`` does
-what ``Scheduler.reset_prefix_cache(reset_running_requests=True)`` does, for one request.
+vLLM has no public way to see the next free blocks without listing all of them, nor to preempt a running request when
+memory has to go back to a neighbour. ``preempt_last`` does what
+``Scheduler.reset_prefix_cache(reset_running_requests=True)`` does, for one request.
 """
 
 import inspect
 import time
+from collections.abc import Iterator
 
 import vllm
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.scheduler import Scheduler
 
 SUPPORTED_VLLM = "0.32"
@@ -36,6 +40,19 @@ def check_scheduler(scheduler: Scheduler) -> None:
             raise IncompatibleVllm(f"Scheduler has no attribute {name!r}")
     if not hasattr(scheduler.kv_cache_manager, "watermark_blocks"):
         raise IncompatibleVllm("KVCacheManager has no attribute 'watermark_blocks'")
+    queue = scheduler.kv_cache_manager.block_pool.free_block_queue
+    for name in ("fake_free_list_head", "fake_free_list_tail"):
+        if not hasattr(getattr(queue, name, None), "next_free_block"):
+            raise IncompatibleVllm(f"FreeKVCacheBlockQueue has no linked {name!r}")
+
+
+def free_blocks(pool: BlockPool) -> Iterator[KVCacheBlock]:
+    """vLLM's free blocks in the order in which they are allocated."""
+    queue = pool.free_block_queue
+    block = queue.fake_free_list_head.next_free_block
+    while block is not None and block is not queue.fake_free_list_tail:
+        yield block
+        block = block.next_free_block
 
 
 def preempt_last(scheduler: Scheduler) -> int:

@@ -10,8 +10,9 @@ from vllm.v1.engine import EngineCoreRequest
 from replicas.engine_host import EngineHost
 from replicas.hop import HopCodec
 
-WARM_UP_TOKENS = (64, 512)
-"""Prompts of the warm-up, one step each: enough for the line through both. Larger steps are measured as they come."""
+WARM_UP_TOKENS = (16, 64, 512)
+"""Prompts of the warm-up, one step each: the first step of a process is not learned (see ActivationMeter), the line
+goes through the other two. Larger steps are measured as they come."""
 
 
 async def warm_up(engine: EngineHost, sizes: Sequence[int] = WARM_UP_TOKENS) -> None:

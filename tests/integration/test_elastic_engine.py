@@ -5,8 +5,6 @@ import dataclasses
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
@@ -16,10 +14,13 @@ from cluster.default_model import get_default_model
 from memory_agent.lease_board import EngineWord
 from replicas.local_engine import LocalEngine, local_engine
 from replicas.spec import EngineSpec
+from tests.integration.shaken_engine import prompts, settled, swinging
 
 BLOCK_BYTES = 30 * 2 * 3 * 64 * 4 * 128  # layers x (K, V) x KV heads x head size x float32 x tokens a block
 REST_BLOCKS, GUARANTEE_BLOCKS, CEILING_BLOCKS, HOST_BLOCKS = 4, 18, 80, 60
+LIMITS_BYTES = [blocks * BLOCK_BYTES for blocks in (GUARANTEE_BLOCKS, 24, 40, CEILING_BLOCKS)]
 TOKENS = 60
+IDS = range(1000, 40000)
 
 
 def spec(elastic: bool, async_scheduling: bool | None = None, charge_activations: bool = False) -> EngineSpec:
@@ -42,49 +43,13 @@ def spec(elastic: bool, async_scheduling: bool | None = None, charge_activations
     )
 
 
-def prompts() -> list[list[int]]:
-    """Eight prompts of 100 to 500 tokens, pairs of which share their first 256, so that the prefix cache is hit."""
-    rng = random.Random(7)
-    shared = [rng.randrange(1000, 40000) for _ in range(256)]
-    return [
-        (shared if i % 2 else []) + [rng.randrange(1000, 40000) for _ in range(rng.randrange(100, 250))]
-        for i in range(8)
-    ]
-
-
-@asynccontextmanager
-async def swinging_limit(e: LocalEngine) -> AsyncIterator[None]:
-    """Swing the lease between one request's worth and the ceiling, several times a second."""
-    rng = random.Random(3)
-
-    async def swing() -> None:
-        while True:
-            e.set_limit(rng.choice([GUARANTEE_BLOCKS, 24, 40, CEILING_BLOCKS]) * BLOCK_BYTES)
-            await asyncio.sleep(0.15)
-
-    task = asyncio.create_task(swing())
-    try:
-        yield
-    finally:
-        task.cancel()
-
-
-async def settle(e: LocalEngine, done: Callable[[], bool], seconds: float) -> bool:
-    """Wake the idle engine as its replica would, until ``done`` or the deadline."""
-    deadline = time.monotonic() + seconds
-    while not done() and time.monotonic() < deadline:
-        await e.wake()
-        await asyncio.sleep(0.05)
-    return done()
-
-
 @pytest.fixture(scope="module")
 def reference() -> list[list[int]]:
     """The tokens of plain vLLM."""
 
     async def run() -> list[list[int]]:
         async with local_engine(spec(elastic=False), None, engines=2) as e:
-            return await e.generate_all(prompts(), TOKENS, "reference")
+            return await e.generate_all(prompts(8, IDS), TOKENS, "reference")
 
     return asyncio.run(run())
 
@@ -98,8 +63,8 @@ def test_tokens_and_bytes_of_an_elastic_engine(reference: list[list[int]], tmp_p
             assert e.held_bytes_os() == kv_committed(e) == REST_BLOCKS * BLOCK_BYTES
             assert e.word(EngineWord.BLOCKS_CEILING) >= 4 * REST_BLOCKS
 
-            async with swinging_limit(e):
-                assert await e.generate_all(prompts(), TOKENS, "swing") == reference
+            async with swinging(e, LIMITS_BYTES):
+                assert await e.generate_all(prompts(8, IDS), TOKENS, "swing") == reference
             assert e.word(EngineWord.PREEMPTIONS) > 0
             assert e.word(EngineWord.DEFLATE_COUNT) > 2
             assert e.word(EngineWord.MAP_FAILURES) == 0
@@ -113,21 +78,21 @@ def test_tokens_and_bytes_of_an_elastic_engine(reference: list[list[int]], tmp_p
 
 async def the_limit_is_obeyed_by_an_idle_engine(e: LocalEngine) -> None:
     e.set_limit(CEILING_BLOCKS * BLOCK_BYTES)
-    await e.generate_all(prompts(), 2, "fill")
+    await e.generate_all(prompts(8, IDS), 2, "fill")
     assert e.held_bytes_os() > 10 * BLOCK_BYTES
     e.set_limit(6 * BLOCK_BYTES)
-    assert await settle(e, lambda: e.word(EngineWord.COMMITTED_BYTES) <= 6 * BLOCK_BYTES, seconds=5)
+    assert await settled(e, lambda: e.word(EngineWord.COMMITTED_BYTES) <= 6 * BLOCK_BYTES, seconds=5)
     assert e.held_bytes_os() == kv_committed(e)
 
 
 async def prompts_come_back_from_the_host_buffer(e: LocalEngine, reference: list[list[int]]) -> None:
     """What an idle engine gave back of its prefix cache is loaded when the same prompts come again."""
     e.set_limit(REST_BLOCKS * BLOCK_BYTES)
-    assert await settle(e, lambda: e.word(EngineWord.COMMITTED_BYTES) <= REST_BLOCKS * BLOCK_BYTES, seconds=10)
+    assert await settled(e, lambda: e.word(EngineWord.COMMITTED_BYTES) <= REST_BLOCKS * BLOCK_BYTES, seconds=10)
     assert e.word(EngineWord.HOST_BYTES) > 0
     loaded = e.word(EngineWord.HOST_LOADED_BLOCKS)
     e.set_limit(CEILING_BLOCKS * BLOCK_BYTES)
-    assert await e.generate_all(prompts(), TOKENS, "again") == reference
+    assert await e.generate_all(prompts(8, IDS), TOKENS, "again") == reference
     assert e.word(EngineWord.HOST_LOADED_BLOCKS) > loaded
 
 
@@ -143,14 +108,14 @@ async def growth_takes_few_steps(e: LocalEngine) -> None:
     """A long prompt that does not fit is admitted after a handful of steps, once the lease allows it."""
     e.set_limit(GUARANTEE_BLOCKS * BLOCK_BYTES)
     before = e.word(EngineWord.STEPS)
-    prompt = [random.Random(1).randrange(1000, 40000) for _ in range(1000)]
+    prompt = [random.Random(1).choice(IDS) for _ in range(1000)]
     assert len(await e.generate(prompt, 1, "long")) == 1
     assert e.word(EngineWord.STEPS) - before < 10
 
 
 async def rest_is_quiet(e: LocalEngine) -> None:
     """Idle for long enough, the engine gives back all but its rest, and then takes under 1 % of a core."""
-    assert await settle(e, lambda: e.held_bytes_os() <= REST_BLOCKS * BLOCK_BYTES, seconds=10)
+    assert await settled(e, lambda: e.held_bytes_os() <= REST_BLOCKS * BLOCK_BYTES, seconds=10)
     await asyncio.sleep(1.5)  # vLLM's worker polls for a second after each step before it sleeps
     steps, before, started = e.word(EngineWord.STEPS), cpu_seconds(e), time.monotonic()
     await asyncio.sleep(3)
@@ -181,13 +146,13 @@ def test_predicted_and_real_activations_agree(tmp_path: Path) -> None:
             [worker] = e.core_process().children()
             e.set_limit(REST_BLOCKS * BLOCK_BYTES)
             for number, tokens in enumerate((600, 200, 400, 600, 900)):
-                assert await settle(
+                assert await settled(
                     e, lambda: e.word(EngineWord.COMMITTED_BYTES) <= REST_BLOCKS * BLOCK_BYTES, seconds=10
                 )
                 assert e.word(EngineWord.ACTIVATION_BYTES) == 0
                 at_rest = anonymous_bytes(worker)
                 e.set_limit(26 * BLOCK_BYTES)
-                prompt = [rng.randrange(1000, 40000) for _ in range(tokens)]
+                prompt = [rng.choice(IDS) for _ in range(tokens)]
                 answer = asyncio.create_task(e.generate(prompt, 1, f"peak-{number}"))
                 charged = real = 0
                 while not answer.done():
@@ -205,8 +170,8 @@ def test_tokens_with_async_scheduling(reference: list[list[int]], tmp_path: Path
     async def run() -> None:
         forced = dataclasses.replace(spec(elastic=True), async_scheduling=True)
         async with local_engine(forced, tmp_path / "board", engines=2) as e:
-            async with swinging_limit(e):
-                assert await e.generate_all(prompts(), TOKENS, "async") == reference
+            async with swinging(e, LIMITS_BYTES):
+                assert await e.generate_all(prompts(8, IDS), TOKENS, "async") == reference
             assert e.word(EngineWord.PREEMPTIONS) > 0
             await prompts_come_back_from_the_host_buffer(e, reference)
 

@@ -10,13 +10,13 @@ from vllm.lora.request import LoRARequest
 from memory_agent.agent import Registration
 from memory_agent.lease_board import AgentWord, EngineWord, Lease, LeaseBoard, RowState
 from replicas.local_engine import LocalEngine, local_engine, local_engine_at
+from tests.integration.shaken_engine import prompts, settled, swinging
 from tests.integration.tiny_models import (
     BLOCK_BYTES,
     CEILING_BLOCKS,
     GUARANTEE_BLOCKS,
-    prompts,
-    settled,
-    swinging,
+    IDS,
+    LIMITS_BYTES,
     tiny_adapter,
     tiny_gemma,
     tiny_llama,
@@ -44,7 +44,7 @@ def reference(model: Path) -> list[list[int]]:
 
     async def run() -> list[list[int]]:
         async with local_engine(tiny_spec(model, elastic=False), None) as plain:
-            return await plain.generate_all(prompts(), TOKENS, "reference")
+            return await plain.generate_all(prompts(12, IDS), TOKENS, "reference")
 
     return asyncio.run(run())
 
@@ -54,9 +54,12 @@ def test_a_model_with_sliding_windows(models: Path, tmp_path: Path) -> None:
     wanted = reference(models / "gemma")
 
     async def run() -> None:
-        async with local_engine(tiny_spec(models / "gemma", elastic=True), tmp_path / "board") as e, swinging(e):
+        async with (
+            local_engine(tiny_spec(models / "gemma", elastic=True), tmp_path / "board") as e,
+            swinging(e, LIMITS_BYTES),
+        ):
             assert e.word(EngineWord.BLOCK_BYTES) == BLOCK_BYTES // 4  # a group is one layer of four
-            assert await e.generate_all(prompts(), TOKENS, "swing") == wanted
+            assert await e.generate_all(prompts(12, IDS), TOKENS, "swing") == wanted
             assert e.word(EngineWord.PREEMPTIONS) > 0
             assert e.word(EngineWord.DEFLATE_COUNT) > 2
 
@@ -67,7 +70,7 @@ def test_two_adapters_in_turns(models: Path, tmp_path: Path) -> None:
     """LoRA adapters change the KV cache: requests of two, in one batch, never take each other's blocks."""
     # None without: vLLM's CPU build computes a request of the bare model with an adapter, if one is in its batch.
     adapters = [LoRARequest(f"a{i}", i, str(tiny_adapter(tmp_path / f"a{i}", seed=i))) for i in (1, 2)]
-    same = prompts()[:5] * 2  # each prompt with each adapter, so that only the adapter differs
+    same = prompts(12, IDS)[:5] * 2  # each prompt with each adapter, so that only the adapter differs
 
     async def run() -> None:
         async with local_engine(tiny_spec(models / "llama", elastic=False, **LORA), None) as plain:
@@ -75,7 +78,7 @@ def test_two_adapters_in_turns(models: Path, tmp_path: Path) -> None:
         assert len({tuple(tokens) for tokens in wanted}) == len(wanted)
         async with (
             local_engine(tiny_spec(models / "llama", elastic=True, **LORA), tmp_path / "board") as e,
-            swinging(e),
+            swinging(e, LIMITS_BYTES),
         ):
             assert await e.generate_all(same, TOKENS, "swing", adapters) == wanted
             assert e.word(EngineWord.PREEMPTIONS) > 0
@@ -102,7 +105,9 @@ def test_two_models_swing_against_each_other(models: Path, tmp_path: Path) -> No
             local_engine_at(specs[0], places[0], engines=2) as first,
             local_engine_at(specs[1], places[1], engines=2) as second,
         ):
-            answers = asyncio.gather(*(engine.generate_all(prompts(), TOKENS, "both") for engine in (first, second)))
+            answers = asyncio.gather(
+                *(engine.generate_all(prompts(12, IDS), TOKENS, "both") for engine in (first, second))
+            )
             turns = await swing_between(first, second, budget, answers)
             assert await answers == wanted
             assert turns > 4

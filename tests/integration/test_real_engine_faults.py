@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import random
 import signal
 import time
 from pathlib import Path
@@ -12,39 +11,14 @@ import psutil
 import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from cluster.default_model import get_default_model
 from memory_agent.lease_board import EngineWord, LeaseBoard, Row, RowState
 from memory_agent.tenant import EngineTerms
 from replicas.lease_watch import WakePolicy, watch_lease
 from replicas.local_engine import LocalEngine, local_engine_at
-from replicas.spec import EngineSpec
 from tests.integration.kept_device import DEATH_S, KeptDevice, eventually, kept_device
+from tests.integration.small_engine import BUDGET_BYTES, GUARANTEE_BYTES, WEIGHTS_BYTES, burst, small_spec
 
 pytestmark = pytest.mark.slow
-
-BLOCK_BYTES = 30 * 2 * 3 * 64 * 2 * 128  # layers x (K, V) x KV heads x head size x bfloat16 x tokens a block
-BUDGET_BYTES = 40 * BLOCK_BYTES
-GUARANTEE_BYTES = 10 * BLOCK_BYTES
-
-
-def spec() -> EngineSpec:
-    return EngineSpec(
-        model_name="smollm2",
-        model_path=str(get_default_model(lambda line: None)),
-        max_model_len=1024,
-        dtype="bfloat16",
-        kv_ceiling_bytes=BUDGET_BYTES,
-        kv_rest_bytes=2 * BLOCK_BYTES,
-        kv_guarantee_bytes=GUARANTEE_BYTES,
-        weights_bytes=269 << 20,
-        max_num_seqs=16,
-        engine_args={"enforce_eager": True},
-    )
-
-
-def burst(requests: int, tokens: int) -> list[list[int]]:
-    rng = random.Random(1)
-    return [[rng.randrange(1000, 40000) for _ in range(tokens)] for _ in range(requests)]
 
 
 def test_a_stopped_and_then_killed_engine(tmp_path: Path) -> None:
@@ -58,10 +32,10 @@ def test_a_stopped_and_then_killed_engine(tmp_path: Path) -> None:
 
 async def stopped_and_killed(device: KeptDevice) -> None:
     neighbour, _ = device.start_fake("neighbour", GUARANTEE_BYTES)
-    terms = EngineTerms("engine", "smollm2", GUARANTEE_BYTES, BUDGET_BYTES, 269 << 20, os.getpid())
+    terms = EngineTerms("engine", "smollm2", GUARANTEE_BYTES, BUDGET_BYTES, WEIGHTS_BYTES, os.getpid())
     place = device.register(terms)
     row = LeaseBoard.open(place.board_path).row(place.row)
-    async with local_engine_at(spec(), place) as engine:
+    async with local_engine_at(small_spec(), place) as engine:
         watch = asyncio.create_task(watch_lease(row, engine.wake, WakePolicy()))
         await stopped(device, engine, row, neighbour)
         await killed(device, engine, row, neighbour)
@@ -77,7 +51,7 @@ async def until(done: asyncio.Future[Any], engine: LocalEngine, held_bytes: int)
 
 
 async def stopped(device: KeptDevice, engine: LocalEngine, row: Row, neighbour: Row) -> None:
-    answers = asyncio.ensure_future(engine.generate_all(burst(8, 300), 60, "stopped"))
+    answers = asyncio.ensure_future(engine.generate_all(burst(1, 8, 300), 60, "stopped"))
     await until(answers, engine, BUDGET_BYTES // 2)
     processes = [engine.core_process(), *engine.core_process().children(recursive=True)]
     for process in processes:
@@ -100,7 +74,7 @@ async def stopped(device: KeptDevice, engine: LocalEngine, row: Row, neighbour: 
 async def killed(device: KeptDevice, engine: LocalEngine, row: Row, neighbour: Row) -> None:
     processes = [engine.core_process(), *engine.core_process().children(recursive=True)]
     answers = asyncio.gather(
-        *(engine.generate(prompt, 60, f"killed-{at}") for at, prompt in enumerate(burst(8, 440))),
+        *(engine.generate(prompt, 60, f"killed-{at}") for at, prompt in enumerate(burst(1, 8, 440))),
         return_exceptions=True,
     )
     await until(answers, engine, BUDGET_BYTES // 4)

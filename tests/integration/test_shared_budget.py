@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import os
-import random
 import threading
 import time
 from collections.abc import Iterator
@@ -15,32 +14,11 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.default_model import get_default_model
 from memory_agent.agent import AgentSpec, Registration, ensure_agent
 from memory_agent.lease_board import LeaseBoard, Row
 from replicas.lease_watch import WakePolicy, watch_lease
 from replicas.local_engine import LocalEngine, local_engine_at
-from replicas.spec import EngineSpec
-
-BLOCK_BYTES = 30 * 2 * 3 * 64 * 2 * 128  # layers x (K, V) x KV heads x head size x bfloat16 x tokens a block
-BUDGET_BYTES = 40 * BLOCK_BYTES
-
-GUARANTEE_BYTES = 10 * BLOCK_BYTES
-
-
-def spec() -> EngineSpec:
-    return EngineSpec(
-        model_name="smollm2",
-        model_path=str(get_default_model(lambda line: None)),
-        max_model_len=1024,
-        dtype="bfloat16",
-        kv_ceiling_bytes=BUDGET_BYTES,
-        kv_rest_bytes=2 * BLOCK_BYTES,
-        kv_guarantee_bytes=GUARANTEE_BYTES,
-        weights_bytes=269 << 20,
-        max_num_seqs=16,
-        engine_args={"enforce_eager": True},
-    )
+from tests.integration.small_engine import BUDGET_BYTES, GUARANTEE_BYTES, WEIGHTS_BYTES, burst, small_spec
 
 
 @dataclass
@@ -79,14 +57,9 @@ def sampled(rows: list[Row]) -> Iterator[Samples]:
         thread.join()
 
 
-def burst(seed: int, requests: int) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(1000, 40000) for _ in range(440)] for _ in range(requests)]
-
-
 async def register(agent: Any, engine_id: str) -> Registration:
     registration: Registration = await agent.register.remote(
-        engine_id, "smollm2", GUARANTEE_BYTES, BUDGET_BYTES, 269 << 20, os.getpid()
+        engine_id, "smollm2", GUARANTEE_BYTES, BUDGET_BYTES, WEIGHTS_BYTES, os.getpid()
     )
     return registration
 
@@ -108,8 +81,8 @@ async def two_engines(agent: Any) -> None:
     places = [await register(agent, engine_id) for engine_id in ("first", "second")]
     rows = [LeaseBoard.open(Path(place.board_path)).row(place.row) for place in places]
     async with (
-        local_engine_at(spec(), places[0], engines=2) as first,
-        local_engine_at(spec(), places[1], engines=2) as second,
+        local_engine_at(small_spec(), places[0], engines=2) as first,
+        local_engine_at(small_spec(), places[1], engines=2) as second,
     ):
         watches = [
             asyncio.create_task(watch_lease(row, engine.wake, WakePolicy()))
@@ -126,12 +99,12 @@ async def two_engines(agent: Any) -> None:
 
 
 async def demand_moves(first: LocalEngine, second: LocalEngine, samples: Samples) -> None:
-    alone = asyncio.create_task(first.generate_all(burst(1, 9), 70, "first"))
+    alone = asyncio.create_task(first.generate_all(burst(1, 9, 440), 70, "first"))
     while samples.most_of(0) <= 0.7 * BUDGET_BYTES:
         assert not alone.done(), f"the first engine held at most {samples.most_of(0) / BUDGET_BYTES:.0%} of the budget"
         await asyncio.sleep(0.02)
     begun = time.monotonic()
-    answers = await second.generate_all(burst(2, 6), 8, "second")
+    answers = await second.generate_all(burst(2, 6, 440), 8, "second")
     assert [len(answer) for answer in answers] == [8] * 6
     assert samples.most_of(1, begun) > GUARANTEE_BYTES
     assert samples.least_of(0, begun) < 0.7 * BUDGET_BYTES

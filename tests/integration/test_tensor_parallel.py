@@ -7,14 +7,14 @@ import pytest
 
 from memory_agent.lease_board import EngineWord
 from replicas.local_engine import LocalEngine, local_engine
+from tests.integration.shaken_engine import prompts, settled, swinging
 from tests.integration.tiny_models import (
     BLOCK_BYTES,
     CEILING_BLOCKS,
     GUARANTEE_BLOCKS,
+    IDS,
+    LIMITS_BYTES,
     REST_BLOCKS,
-    prompts,
-    settled,
-    swinging,
     tiny_llama,
     tiny_spec,
 )
@@ -31,12 +31,12 @@ def test_two_ranks_breathe_as_one(tmp_path: Path) -> None:
 
     async def run() -> None:
         async with local_engine(tiny_spec(model, elastic=False, ranks=2), None) as plain:
-            reference = await plain.generate_all(prompts(), TOKENS, "reference")
+            reference = await plain.generate_all(prompts(12, IDS), TOKENS, "reference")
         spec = tiny_spec(model, elastic=True, ranks=2, worker_extension_cls=SHORTAGE)
         async with local_engine(spec, tmp_path / "board") as e:
             assert e.rank_bytes_os() == [REST_BLOCKS * BLOCK_BYTES // 2] * 2
-            async with swinging(e):
-                assert await e.generate_all(prompts(), TOKENS, "swing") == reference
+            async with swinging(e, LIMITS_BYTES):
+                assert await e.generate_all(prompts(12, IDS), TOKENS, "swing") == reference
             assert e.word(EngineWord.PREEMPTIONS) > 0
             assert e.word(EngineWord.DEFLATE_COUNT) > 2
             assert e.word(EngineWord.MAP_FAILURES) == 0
@@ -59,7 +59,7 @@ async def one_rank_is_refused_memory(e: LocalEngine, reference: list[list[int]])
     """The second rank gets some chunks more, then none: what the first rank has mapped for nothing goes back."""
     await e.llm.collective_rpc("set_memory_shortage", args=(1, 10))
     e.set_limit(CEILING_BLOCKS * BLOCK_BYTES)
-    answers = asyncio.create_task(e.generate_all(prompts(), TOKENS, "shortage"))
+    answers = asyncio.create_task(e.generate_all(prompts(12, IDS), TOKENS, "shortage"))
     assert await settled(e, lambda: e.word(EngineWord.MAP_FAILURES) >= 3)
     assert not answers.done()
     assert await settled(e, lambda: e.rank_bytes_os() == [e.word(EngineWord.COMMITTED_BYTES) // 2] * 2)

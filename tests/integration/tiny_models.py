@@ -1,11 +1,7 @@
 """Checkpoints of a few megabytes with random weights, made in a second: models whose tokens depend on what the KV cache
-of every layer holds, which is all that a test of exactness needs of them. And how to run them."""
+of every layer holds, which is all that a test of exactness needs of them."""
 
-import asyncio
 import json
-import random
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +9,17 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedConfig
 
-from replicas.local_engine import LocalEngine
 from replicas.spec import EngineSpec
 
 VOCABULARY = 1024
+IDS = range(VOCABULARY)
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 4, 128, 4, 2, 32
 BLOCK_TOKENS = 32
 BLOCK_BYTES = LAYERS * 2 * KV_HEADS * HEAD_DIM * 4 * BLOCK_TOKENS  # float32, over all layers and ranks
 MAX_MODEL_LEN = 1024
 REST_BLOCKS, GUARANTEE_BLOCKS, CEILING_BLOCKS = 8, MAX_MODEL_LEN // BLOCK_TOKENS + 2, 160
+LIMITS_BYTES = [blocks * BLOCK_BYTES for blocks in (GUARANTEE_BLOCKS, 50, 90, CEILING_BLOCKS)]
+"""For a lease that swings between one longest request's worth and the ceiling."""
 
 
 def tiny_llama(folder: Path) -> Path:
@@ -77,42 +75,6 @@ def tiny_spec(model: Path, elastic: bool, ranks: int = 1, **engine_args: Any) ->
             **engine_args,
         },
     )
-
-
-def prompts(count: int = 12) -> list[list[int]]:
-    """Prompts of 100 to 500 tokens, half of which share their first 256, so that the prefix cache is hit."""
-    rng = random.Random(7)
-    shared = [rng.randrange(VOCABULARY) for _ in range(256)]
-    return [
-        (shared if i % 2 else []) + [rng.randrange(VOCABULARY) for _ in range(rng.randrange(100, 250))]
-        for i in range(count)
-    ]
-
-
-@asynccontextmanager
-async def swinging(engine: LocalEngine) -> AsyncIterator[None]:
-    """Swing the lease between one longest request's worth and the ceiling, several times a second."""
-    rng = random.Random(3)
-
-    async def swing() -> None:
-        while True:
-            engine.set_limit(rng.choice([GUARANTEE_BLOCKS, 50, 90, CEILING_BLOCKS]) * BLOCK_BYTES)
-            await asyncio.sleep(0.15)
-
-    task = asyncio.create_task(swing())
-    try:
-        yield
-    finally:
-        task.cancel()
-
-
-async def settled(engine: LocalEngine, done: Callable[[], bool], seconds: float = 15.0) -> bool:
-    """Wake the engine as its replica would, until ``done`` or the deadline."""
-    deadline = asyncio.get_running_loop().time() + seconds
-    while not done() and asyncio.get_running_loop().time() < deadline:
-        await engine.wake()
-        await asyncio.sleep(0.02)
-    return done()
 
 
 def _sizes() -> dict[str, Any]:
