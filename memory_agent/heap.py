@@ -62,16 +62,15 @@ class HeapProbe:
     """
 
     def __init__(self) -> None:
-        self._floor = 0
+        self.floor_bytes = 0
+        """What is no free heap: memory in use, caches, work buffers of libraries."""
         self.trim()
 
-    def trim(self) -> int:
-        """Trim the heap; what is left is the new floor. Returns the bytes by which the floor rose: not heap that was
-        free, but memory that stays (caches, work buffers of libraries)."""
+    def trim(self) -> None:
+        """Trim the heap; what is left is the new floor."""
         trim_heap()
-        before, self._floor = self._floor, _memory()["RssAnon"]
+        self.floor_bytes = _memory()["RssAnon"]
         self.restart()
-        return max(0, self._floor - before)
 
     def restart(self) -> None:
         """Forget the peak so far."""
@@ -80,8 +79,8 @@ class HeapProbe:
     def read(self) -> HeapUse:
         """The heap's use since the last ``restart``. Files mapped meanwhile must not have shrunk."""
         memory = _memory()
-        held = memory["RssAnon"] - self._floor
-        peak = memory["VmHWM"] - memory["RssFile"] - memory["RssShmem"] - self._floor
+        held = memory["RssAnon"] - self.floor_bytes
+        peak = memory["VmHWM"] - memory["RssFile"] - memory["RssShmem"] - self.floor_bytes
         return HeapUse(peak_bytes=max(peak, held, 0), held_bytes=max(held, 0))
 
 

@@ -23,7 +23,7 @@ class ActivationMeter:
         self._charged = charged
         self._probe = HeapProbe()
         self._tokens = self._rows = 0
-        self._left = 0
+        self._rest_floor = self._probe.floor_bytes
         self._first = True
 
     def start_step(self, tokens: int, rows: int) -> None:
@@ -40,17 +40,17 @@ class ActivationMeter:
             return []
         if self._first:  # libraries allocate what they keep for good: it would count as the step's
             self._first = False
-            self._probe.trim()
+            self.rest()
             return []
         use = self._probe.read()
-        peak, held = use.peak_bytes, use.held_bytes
+        held = use.held_bytes
         if held > _LEFT_BYTES:
-            stays = self._probe.trim()
-            self._left += stays
-            peak, held = max(0, peak - stays), 0
-        return [ActivationSample(tokens, self._rows, peak, self._left + held)]
+            self._probe.trim()
+            held = 0
+        left = max(0, self._probe.floor_bytes - self._rest_floor)
+        return [ActivationSample(tokens, self._rows, use.peak_bytes, left + held)]
 
     def rest(self) -> None:
         """Give back what past steps left; what cannot be given back is not counted as theirs any more."""
         self._probe.trim()
-        self._left = 0
+        self._rest_floor = self._probe.floor_bytes

@@ -1,16 +1,17 @@
 """How many bytes of activations a step of so many tokens needs. Pure: observations in, a conservative curve out.
 
 Activations grow linearly with the tokens of a step, with a constant part for what does not (sampling, attention
-scratch). The curve runs along the upper hull of what was observed, plus a margin, so it is not below any observation;
-beyond the largest one it goes on at the average slope, but no steeper than was assumed before the first: of a few
-tokens most is the constant part.
+scratch). The curve runs along the upper hull of what was observed, plus a margin, so it is not below any observation.
+Beyond the largest one, where it knows less and allows for more, it goes on as if all of that one were by its tokens,
+but no steeper than was assumed before the first: of a few tokens most is the constant part.
 """
 
 from bisect import bisect_left
 from collections import deque
 
-_MARGIN = 1.2
-"""Equal steps differ by up to a tenth, and the first one after a rest takes again what the trim gave back."""
+_MARGIN, _MARGIN_BEYOND = 1.05, 1.15
+"""On what was seen and on what is larger: equal steps differ by up to a tenth, and the first of its size takes more
+than those after it."""
 _BUCKETS_PER_OCTAVE = 4
 """Observations of about the same number of tokens share a memory: four such classes between n and 2n tokens."""
 _REMEMBERED = 16
@@ -54,9 +55,7 @@ class ActivationProfile:
         at = bisect_left(self._tokens, tokens)
         if at == len(self._tokens):
             x, y = self._tokens[-1], self._bytes[-1]
-            x0, y0 = (self._tokens[0], self._bytes[0]) if at > 1 else (0, 0)
-            slope = min((y - y0) / (x - x0), self._prior)
-            return int((y + slope * (tokens - x)) * _MARGIN)
+            return int((y + min(y / x, self._prior) * (tokens - x)) * _MARGIN_BEYOND)
         if at == 0:  # below the smallest observation: as much as that one
             return int(self._bytes[0] * _MARGIN)
         x0, x1, y0, y1 = self._tokens[at - 1], self._tokens[at], self._bytes[at - 1], self._bytes[at]

@@ -137,15 +137,16 @@ def cpu_seconds(e: LocalEngine) -> float:
 
 @pytest.mark.slow
 def test_predicted_and_real_activations_agree(tmp_path: Path) -> None:
-    """What a step is charged for activations is what it takes, by the operating system: not less, at most a quarter
-    more. Learned from shorter prompts than the one that is checked. An engine at rest has given all of it back."""
+    """What a step is charged for activations is what it takes, by the operating system: not less, also where only
+    shorter prompts were seen; and at most a quarter more once its size was seen. An engine at rest has given all of it
+    back."""
 
     async def run() -> None:
         async with local_engine(spec(elastic=True, charge_activations=True), tmp_path / "board", engines=2) as e:
             rng = random.Random(5)
             [worker] = e.core_process().children()
             e.set_limit(REST_BLOCKS * BLOCK_BYTES)
-            for number, tokens in enumerate((600, 200, 400, 600, 900)):
+            for number, tokens in enumerate((600, 200, 400, 600, 900, 900, 900)):
                 assert await settled(
                     e, lambda: e.word(EngineWord.COMMITTED_BYTES) <= REST_BLOCKS * BLOCK_BYTES, seconds=10
                 )
@@ -159,7 +160,9 @@ def test_predicted_and_real_activations_agree(tmp_path: Path) -> None:
                     charged = max(charged, e.word(EngineWord.ACTIVATION_BYTES))
                     real = max(real, anonymous_bytes(worker) - at_rest)
                     await asyncio.sleep(0.005)
-            assert real <= charged <= 1.25 * real, f"{charged} bytes charged for a peak of {real}"
+                if tokens == 900:
+                    assert real <= charged, f"{charged} bytes charged for a peak of {real}"
+            assert charged <= 1.25 * real, f"{charged} bytes charged for a peak of {real}"
 
     asyncio.run(run())
 
