@@ -6,24 +6,24 @@ One step:  begin_step (read the lease, plan, park what must go)
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from memory_agent.extents import ExtentMap, KvGeometry
-from memory_agent.lease_board import MAX_WORKERS, AgentWord, EngineWord, LeaseBoard
+from memory_agent.lease_board import AgentWord, EngineWord, LeaseBoard
 from memory_agent.vmm import ContractViolation
 from replicas.activation_ledger import ActivationLedger, ActivationSample, StepAllowance
 from replicas.elastic_settings import ElasticSettings
+from replicas.engine_words import EngineWords, Holding, StepBooks
 from replicas.kv_moves import KvAck, KvHandshake, KvMoves
 from replicas.kv_parking import ExtentState, KvParking
 from replicas.kv_plan import KvGroup, KvPlan, KvState, blocks_within, plan_moves
+from replicas.step_demand import NOTHING, StepDemand
 
 logger = logging.getLogger(__name__)
 
@@ -31,47 +31,12 @@ _RETRY_S = 0.5
 """Pause after the operating system refused memory, before asking again."""
 
 
-@dataclass(frozen=True)
-class StepDemand:
-    """What the scheduler's queues ask for at the start of a step.
-
-    Attributes:
-        running, waiting: requests; blocks_wanted: KV blocks beyond those referenced now that they could use.
-        tokens_wanted, tokens_least: tokens that the step could compute, and those it must be able to: a decode of
-            each of the most requests that can run.
-        rows: most requests that the step can sample for.
-        blocks_returning: referenced blocks that become free when steps in flight have finished.
-        preemptions: since start.
-    """
-
-    running: int
-    waiting: int
-    blocks_wanted: int
-    tokens_wanted: int
-    tokens_least: int
-    rows: int
-    blocks_returning: int
-    preemptions: int
-
-
-_NOTHING = StepDemand(
-    running=0, waiting=0, blocks_wanted=0, tokens_wanted=0, tokens_least=0, rows=0, blocks_returning=0, preemptions=0
-)
-
-
-class _Holding(NamedTuple):
-    """What an engine can hold at a moment: KV memory and activations."""
-
-    kv_bytes: int
-    activation_bytes: int
-
-
 @dataclass
 class _Flight:
     """A KvMoves that not every rank has answered yet, and what was held before it."""
 
     moves: KvMoves
-    before: _Holding
+    before: Holding
     acks: list[KvAck]
 
 
@@ -123,9 +88,23 @@ class ElasticKv:
         self.activations = ActivationLedger(settings.token_bytes, settings.row_bytes, self._ranks)
         self._allowance = StepAllowance(0, 0)
         self._rest_now = False
-        self._before = _Holding(0, 0)
+        self._before = Holding(0, 0)
         self._heaps_used = False
-        self._appear(handshakes)
+        self._words = EngineWords(self.row, self._extent_bytes // self._extents.blocks_per_extent)
+        self._words.appear(
+            handshakes,
+            groups[0].block_tokens,
+            self._blocks_ceiling,
+            self._rest * self._extent_bytes,
+            self._books(NOTHING),
+        )
+        logger.info(
+            "KV memory: %d blocks at the ceiling, %d mapped, extents of %d blocks and %d bytes",
+            self._blocks_ceiling,
+            self.parking.mapped_blocks,
+            self._extents.blocks_per_extent,
+            self._extent_bytes,
+        )
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -142,12 +121,11 @@ class ElasticKv:
         self._limit = self._soft_limit = self._kv_limit(lease.limit_bytes, demand)
         self._wanted = self._extents_for(demand.blocks_wanted)
         self._over_since = None if self._wanted <= self._limit else self._over_since or now
-        busy = bool(demand.running or demand.waiting)
-        self._idle_since = None if busy else self._idle_since or now
+        self._idle_since = None if demand.busy else self._idle_since or now
         self._shortage = False
-        self._before = _Holding(self._kv_bytes(), self._activation_bytes)
+        self._before = Holding(self._kv_bytes(), self._activation_bytes)
         self._allowance = StepAllowance(0, 0)
-        if busy:
+        if demand.busy:
             self._plan_activations(lease.limit_bytes, demand)
         self._plan = plan_moves(
             KvState(
@@ -163,16 +141,17 @@ class ElasticKv:
             )
         )
         self._unmap_now = self.parking.begin_unmap(self._plan.shrink)
-        self._idle_shrink = not busy and bool(self._unmap_now)
+        self._idle_shrink = not demand.busy and bool(self._unmap_now)
         if self._plan.forced:
             self._preempt_until_it_fits(demand.blocks_returning, preempt)
-        if busy:
+        if demand.busy:
             self._cut_activations(lease.limit_bytes, demand)
-        self._rest_now = not busy and self._heaps_used and (self._plan.shrink > 0 or self._is_idle(now))
+        self._rest_now = not demand.busy and self._heaps_used and (self._plan.shrink > 0 or self._is_idle(now))
         if self._rest_now:
             self._heaps_used = False
             self.activations.on_rest()
-        self._publish(demand, lease.revision)
+        self._publish_held(self._allowance.charged_bytes if demand.busy else self._activation_bytes)
+        self._words.begin_step(demand, self._books(demand), lease.revision)
 
     def take_moves(self, tokens: int, rows: int) -> KvMoves:
         """The moves to send with this step, of ``tokens`` of ``rows`` requests; they are in flight until every rank has
@@ -193,7 +172,7 @@ class ElasticKv:
             self._sequence += 1
             moves.sequence = self._sequence
             self._flights[moves.sequence] = _Flight(moves, self._before, [])
-        self._publish_committed(self._activation_bytes)
+        self._publish_held(self._activation_bytes)
         return moves
 
     def on_acks(self, acks: Iterable[KvAck]) -> None:
@@ -314,7 +293,7 @@ class ElasticKv:
             self._unmap_now += more
             missing -= len(more)
 
-    def _finish(self, flight: "_Flight") -> None:
+    def _finish(self, flight: _Flight) -> None:
         errors = [ack.error for ack in flight.acks if ack.error]
         nanoseconds = int(max(ack.seconds for ack in flight.acks) * 1e9)
         moves = flight.moves
@@ -325,13 +304,13 @@ class ElasticKv:
             self.parking.finish_map(moves.map)
             if moves.map:
                 self._batch_now = min(self._batch, 2 * self._batch_now)
-            self._count_move(EngineWord.DEFLATE_COUNT, EngineWord.DEFLATE_BYTES, len(moves.unmap))
-            self._count_move(EngineWord.INFLATE_COUNT, EngineWord.INFLATE_BYTES, len(moves.map))
+            self._words.count_unmapped(len(moves.unmap) * self._extent_bytes)
+            self._words.count_mapped(len(moves.map) * self._extent_bytes)
         if errors or moves.check is not None:
             self._check_books([ack.imbalance for ack in flight.acks if ack.imbalance])
-        self._add(EngineWord.MOVE_NS, nanoseconds)
-        self._before = _Holding(0, 0)
-        self._publish_committed(self._activation_bytes)
+        self._words.add(EngineWord.MOVE_NS, nanoseconds)
+        self._before = Holding(0, 0)
+        self._publish_held(self._activation_bytes)
 
     def _undo(self, moves: KvMoves, error: str) -> None:
         """Ranks differ in how far they came: all of the move is unmapped again, until every rank has done it."""
@@ -344,7 +323,7 @@ class ElasticKv:
         self._map_retry_at = self._clock() + _RETRY_S
         if not moves.map:
             self._unmap_retry_at = self._map_retry_at
-        self._add(EngineWord.MAP_FAILURES, 1)
+        self._words.add(EngineWord.MAP_FAILURES, 1)
 
     def _take_aborted(self) -> list[int]:
         if self._clock() < self._unmap_retry_at:
@@ -366,61 +345,20 @@ class ElasticKv:
             imbalances.append(str(violation))
         for imbalance in imbalances:
             logger.error("KV memory does not balance, which is a defect of this program: %s", imbalance)
-            self._add(EngineWord.CONSERVATION_FAILURES, 1)
+            self._words.add(EngineWord.CONSERVATION_FAILURES, 1)
 
-    def _count_move(self, count: EngineWord, moved_bytes: EngineWord, extents: int) -> None:
-        self._add(count, int(extents > 0))
-        self._add(moved_bytes, extents * self._extent_bytes)
+    def _publish_held(self, activation_bytes: int) -> None:
+        """What can be held before, between and after the moves in flight, when the newest step takes so much."""
+        after = Holding(self._kv_bytes(), activation_bytes)
+        moments = [after, self._before, *(flight.before for flight in self._flights.values())]
+        self._words.hold(moments, self.activations.held_bytes)
 
-    def _publish_committed(self, activation_bytes: int) -> None:
-        """The most that can be held until the newest step has run. A worker unmaps before it maps and before the
-        forward, so the activations of a step and the memory that made room for them are never held together."""
-        after = _Holding(self._kv_bytes(), activation_bytes)
-        most = max([after, self._before, *(flight.before for flight in self._flights.values())], key=sum)
-        self.row.set(EngineWord.ACTIVATION_BYTES, most.activation_bytes)
-        self.row.set(EngineWord.ACTIVATION_HELD_BYTES, self.activations.held_bytes)
-        self.row.set(EngineWord.COMMITTED_BYTES, sum(most))
-
-    def _add(self, word: EngineWord, value: int) -> None:
-        self.row.set(word, self.row.get(word) + value)
-
-    def _appear(self, handshakes: list[KvHandshake]) -> None:
-        """First words on the board; the process id comes last, because it makes the row live."""
-        row = self.row
-        for i, handshake in enumerate(handshakes[:MAX_WORKERS]):
-            row.set(EngineWord.WORKER_PID_0 + i, handshake.pid)
-            row.set(EngineWord.WORKER_FD_0 + i, handshake.memory_fd)
-        row.set(EngineWord.WORKER_COUNT, min(self._ranks, MAX_WORKERS))
-        row.set(EngineWord.BLOCK_BYTES, self._extent_bytes // self._extents.blocks_per_extent)
-        row.set(EngineWord.BLOCK_TOKENS, self._groups[0].block_tokens)
-        row.set(EngineWord.BLOCKS_CEILING, self._blocks_ceiling)
-        row.set(EngineWord.REST_BYTES, self._rest * self._extent_bytes)
-        self._publish(_NOTHING, row.lease.revision)
-        row.set(EngineWord.PID, os.getpid())
-        logger.info(
-            "KV memory: %d blocks at the ceiling, %d mapped, extents of %d blocks and %d bytes",
-            self._blocks_ceiling,
-            self.parking.mapped_blocks,
-            self._extents.blocks_per_extent,
-            self._extent_bytes,
-        )
-
-    def _publish(self, demand: StepDemand, revision: int) -> None:
-        """This step's numbers. COMMITTED_BYTES goes before APPLIED_REVISION: whoever sees the revision acknowledged
-        sees a commitment that obeys it or is shrinking to it."""
-        row, block_bytes = self.row, self._extent_bytes // self._extents.blocks_per_extent
-        busy = bool(demand.running or demand.waiting)
-        self._publish_committed(self._allowance.charged_bytes if busy else self._activation_bytes)
-        row.set(EngineWord.USED_BYTES, self.parking.used_blocks * block_bytes)
+    def _books(self, demand: StepDemand) -> StepBooks:
         charged = self._settings.charge_activations
         step_bytes = self.activations.bytes_for(demand.tokens_wanted, demand.rows) if charged else 0
-        row.set(EngineWord.DEMAND_BYTES, max(self._wanted, self._rest) * self._extent_bytes + step_bytes)
-        row.set(EngineWord.TOKEN_BUDGET, self._allowance.tokens)
-        row.set(EngineWord.RUNNING, demand.running)
-        row.set(EngineWord.WAITING, demand.waiting)
-        row.set(EngineWord.BUSY, int(busy))
-        row.set(EngineWord.PREEMPTIONS, demand.preemptions)
-        row.set(EngineWord.BLOCKS_MAPPED, self.parking.mapped_blocks)
-        row.set(EngineWord.STEPS, row.get(EngineWord.STEPS) + 1)
-        row.set(EngineWord.HEARTBEAT_NS, time.monotonic_ns())
-        row.set(EngineWord.APPLIED_REVISION, revision)
+        return StepBooks(
+            used_blocks=self.parking.used_blocks,
+            mapped_blocks=self.parking.mapped_blocks,
+            demand_bytes=max(self._wanted, self._rest) * self._extent_bytes + step_bytes,
+            token_budget=self._allowance.tokens,
+        )

@@ -10,9 +10,10 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from memory_agent.lease_board import EngineWord, ReplicaWord
 from replicas.elastic_connector import ElasticKVConnector
-from replicas.elastic_kv import ElasticKv, StepDemand
+from replicas.elastic_kv import ElasticKv
 from replicas.kv_geometry import check_guarantee
 from replicas.kv_plan import blocks_ahead
+from replicas.step_demand import StepDemand
 from replicas.vllm_adapter import check_scheduler, preempt_last, returning_blocks
 
 _MOST_RESERVE_BLOCKS = 16

@@ -13,11 +13,12 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from memory_agent.extents import KvGeometry, KvRegion
 from memory_agent.lease_board import LIMIT_UNIT_BYTES, AgentWord, EngineWord, Lease, LeaseBoard
 from replicas.activation_ledger import ActivationSample
-from replicas.elastic_kv import ElasticKv, StepDemand
+from replicas.elastic_kv import ElasticKv
 from replicas.elastic_settings import ElasticSettings
 from replicas.kv_moves import KvAck, KvHandshake, KvMoves
 from replicas.kv_parking import ExtentState
 from replicas.kv_plan import KvGroup
+from replicas.step_demand import StepDemand
 
 BLOCKS = 24
 PAGE = LIMIT_UNIT_BYTES

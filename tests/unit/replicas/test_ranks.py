@@ -14,11 +14,12 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from memory_agent.extents import ExtentMap, KvGeometry, KvRegion
 from memory_agent.lease_board import LIMIT_UNIT_BYTES, AgentWord, EngineWord, Lease, LeaseBoard
 from replicas import kv_memory
-from replicas.elastic_kv import ElasticKv, StepDemand
+from replicas.elastic_kv import ElasticKv
 from replicas.elastic_settings import ElasticSettings
 from replicas.kv_memory import KvMemory
 from replicas.kv_moves import KvAck, KvHandshake
 from replicas.kv_plan import KvGroup
+from replicas.step_demand import StepDemand
 from tests.unit.memory_agent.failing_host_vmm import FailingHostVmm
 
 BLOCKS, PAGE, LAYERS = 20, LIMIT_UNIT_BYTES // 4, 2
