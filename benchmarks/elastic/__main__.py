@@ -8,14 +8,17 @@ import argparse
 import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 
-from benchmarks.elastic import idle, long_inputs, no_pressure
+from benchmarks.elastic import bursts, idle, long_inputs, no_pressure, two_models
 from benchmarks.elastic.outcome import Outcome, draw, headline_line, save
 
 Scenario = Callable[[Path], Awaitable[Outcome]]
 SCENARIOS: Mapping[str, Scenario] = {
     "long": long_inputs.run,
+    "bursts": bursts.run,
+    "two-models": two_models.run,
     "no-pressure": no_pressure.run,
     "idle": idle.run,
 }
@@ -38,8 +41,14 @@ def main() -> None:
     parser.add_argument(
         "--scenario", action="append", choices=list(SCENARIOS), help="run this one only; may be given several times"
     )
-    names = parser.parse_args().scenario or list(SCENARIOS)
-    outcomes = asyncio.run(run({name: SCENARIOS[name] for name in names}))
+    parser.add_argument(
+        "--trace", type=Path, help="bursts take lengths and times from it: CSV of Azure's traces or JSONL of Mooncake"
+    )
+    args = parser.parse_args()
+    chosen = {name: SCENARIOS[name] for name in args.scenario or SCENARIOS}
+    if args.trace and chosen.pop("bursts", None):
+        chosen["bursts-of-trace"] = partial(bursts.run, trace=args.trace)
+    outcomes = asyncio.run(run(chosen))
     print(draw(outcomes))
     print(headline_line(outcomes))
 

@@ -42,17 +42,23 @@ class Setting:
     chunks: tuple[int, ...]
     batches: tuple[int, ...]
 
-    def held(self, memory: Memory, device: Device, chunk: int, request_tokens: int) -> dict[str, int]:
-        """Requests of ``request_tokens`` that each variant can hold at once. The elastic one needs room for the
-        smallest step alone, a token of each request."""
+    def room(self, device: Device, chunk: int) -> dict[str, tuple[int, int]]:
+        """Each variant's bytes, and the tokens of the step that its KV memory leaves room for. The elastic one needs
+        room for the smallest step alone, a token of each request."""
         both = device.device_bytes + device.host_bytes
-        room = {
+        return {
             "A": (device.device_bytes, self.max_model_len),
             "B": (device.device_bytes, chunk),
             "C": (both, chunk),
             "elastic": (device.device_bytes, self.max_num_seqs),
         }
-        return {name: min(self.max_num_seqs, memory.held(*place, request_tokens)) for name, place in room.items()}
+
+    def held(self, memory: Memory, device: Device, chunk: int, request_tokens: int) -> dict[str, int]:
+        """Requests of ``request_tokens`` that each variant can hold at once."""
+        return {
+            name: min(self.max_num_seqs, memory.held(*place, request_tokens))
+            for name, place in self.room(device, chunk).items()
+        }
 
 
 @dataclass(frozen=True)

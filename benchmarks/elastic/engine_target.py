@@ -16,6 +16,12 @@ class EngineTarget:
     def __init__(self, engine: LocalEngine) -> None:
         self._engine = engine
         self._numbers = itertools.count()
+        self._in_flight = 0
+
+    @property
+    def idle(self) -> bool:
+        """No request is in flight."""
+        return not self._in_flight
 
     def stream(self, request: Request) -> AsyncIterator[Chunk | Usage]:
         return self._answer([int(token) for token in request.prompt], request.output_len)
@@ -29,5 +35,9 @@ class EngineTarget:
             output_kind=RequestOutputKind.DELTA,
         )
         name = f"load-{next(self._numbers)}"
-        async for output in self._engine.llm.generate({"prompt_token_ids": prompt}, params, name):
-            yield Chunk(len(output.outputs[0].token_ids))
+        self._in_flight += 1
+        try:
+            async for output in self._engine.llm.generate({"prompt_token_ids": prompt}, params, name):
+                yield Chunk(len(output.outputs[0].token_ids))
+        finally:
+            self._in_flight -= 1

@@ -16,11 +16,11 @@ from cluster.bench.report import LoadReport, Slo
 from cluster.bench.workload import Workload, random_workload
 from replicas.local_engine import Instruments, LocalEngine, local_engine
 from replicas.spec import EngineSpec
+from replicas.warm_up import WARM_UP_TOKENS
 
 SHARING = 2
 """Racers compute as if so many engines shared the cores. With a thread on every core, one that loses its core to
 another program holds up all others in every layer, and figures follow the neighbours instead of the engine."""
-_WARM_UP_TOKENS = (64, 512)
 _WARM_UP_SEED = 1_000_003
 
 
@@ -56,7 +56,7 @@ async def racer(name: str, spec: EngineSpec, folder: Path, time_scheduler: bool 
     times = folder / f"{name}.times" if time_scheduler else None
     instruments = Instruments([log], timed(times) if times else None)
     async with local_engine(spec, folder / f"{name}.board", SHARING, instruments) as engine:
-        await _warm_up(engine)
+        await warm_up(engine)
         log.steps.clear()
         yield Racer(engine, log, Player([engine], clock), times)
 
@@ -76,12 +76,12 @@ async def racers(
 async def race(
     field: Mapping[str, Racer], work: Workload, arrivals: Arrivals, seed: int, slo: Slo | None = None
 ) -> dict[str, LoadReport]:
-    """The same load to every racer, in turns."""
+    """The same load to every racer, in turns. While it has nothing to do its clock jumps to the next request."""
 
     async def run(name: str, racer: Racer) -> LoadReport:
-        report = await run_load(
-            EngineTarget(racer.engine), work, arrivals, seed=seed, slo=slo, clock=racer.player.clock
-        )
+        target, clock = EngineTarget(racer.engine), racer.player.clock
+        clock.idle = lambda: target.idle
+        report = await run_load(target, work, arrivals, seed=seed, slo=slo, clock=clock)
         print(f"  {name} done in {report.duration_s:.1f} s", flush=True)
         return report
 
@@ -91,8 +91,8 @@ async def race(
     )
 
 
-async def _warm_up(engine: LocalEngine) -> None:
+async def warm_up(engine: LocalEngine) -> None:
     """The first steps of a process are slow, and those of an elastic engine teach it what activations cost."""
-    for tokens in _WARM_UP_TOKENS:
+    for tokens in WARM_UP_TOKENS:
         (request,) = random_workload(1, input_len=tokens, output_len=1, seed=_WARM_UP_SEED).requests
         await engine.generate([int(token) for token in request.prompt], 4, f"warm-up-{tokens}")

@@ -40,3 +40,27 @@ async def test_who_sleeps_wakes_in_a_turn() -> None:
 async def test_a_time_that_has_passed_needs_no_turn() -> None:
     """A request that is due already is sent even while its target is stopped: it is late by no second of its clock."""
     await asyncio.wait_for(TurnClock().sleep_until(0.0), 10)
+
+
+async def test_an_idle_clock_jumps() -> None:
+    """Nobody waits an hour for the next request of an idle variant; one that is busy is not hurried."""
+    clock, busy = TurnClock(), True
+    clock.idle = lambda: not busy
+    clock.start()
+    woken = asyncio.create_task(clock.sleep_until(3600.0))
+    await asyncio.sleep(0.1)
+    assert not woken.done()
+    assert clock.now() < 3600
+    busy = False
+    await asyncio.wait_for(woken, 10)
+    assert clock.now() >= 3600
+
+
+async def test_a_clock_does_not_jump_outside_its_turns() -> None:
+    clock = TurnClock()
+    clock.idle = lambda: True
+    woken = asyncio.create_task(clock.sleep_until(3600.0))
+    await asyncio.sleep(0.1)
+    assert not woken.done()
+    clock.start()
+    await asyncio.wait_for(woken, 10)

@@ -1,0 +1,154 @@
+"""Bursts: the same open loop at several rates to every variant; how much load each carries within its SLO.
+
+The arrivals come in bunches (gamma intervals), or with the lengths and times of a trace, its time scaled to each rate.
+The SLO is SLO_OVER_UNLOADED times the latency of an engine with one request. A forecast of every variant at many rates
+is the bound, and says at which rates to look.
+
+goodput_ratio    highest rate at which 90 % keep the SLO, over A's
+ttft_p99_ratio   A's TTFT p99 over ours at the rate where ours keeps 90 %, of requests that also keep TPOT
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.elastic.bounds import Job, advantage
+from benchmarks.elastic.contest import Contest, Setting, contest
+from benchmarks.elastic.forecast import Server, forecast
+from benchmarks.elastic.outcome import Outcome, Panel
+from benchmarks.elastic.race import race
+from benchmarks.elastic.rate_curve import RatePoint, rate_at_target, ttft_at
+from cluster.bench.arrivals import OpenLoop, Replay, due_times
+from cluster.bench.report import Slo
+from cluster.bench.traces import read_trace, trace_workload
+from cluster.bench.workload import Workload, random_workload
+
+SETTING = Setting(
+    max_model_len=512,
+    max_num_seqs=8,
+    job=Job(requests=24, prompt=140, output=140),
+    chunks=(128, 256, 512),
+    batches=(1, 4),
+)
+BURSTINESS = 0.5
+SLO_OVER_UNLOADED = 25
+FORECAST_RATES = 24
+MEASURED = 4
+"""Rates that are measured: from where A's goodput is expected to beyond ours."""
+SEED = 21
+
+
+async def run(folder: Path, trace: Path | None = None) -> Outcome:
+    """Calibrate, print the bound, run every rate. ``trace``: Azure CSV or Mooncake JSONL whose first requests are taken
+    instead of random ones. ``folder``: for lease boards."""
+    async with contest(SETTING, folder) as found:
+        slo = _slo(found)
+        servers = _servers(found)
+        expected = {name: _expected(server, trace, slo) for name, server in servers.items()}
+        bound = {name: rate_at_target(points) for name, points in expected.items()}
+        print(f"SLO: TTFT {slo.ttft_ms:.0f} ms, TPOT {slo.tpot_ms:.0f} ms")
+        print("bound, requests/s: " + ", ".join(f"{name} {rate:.3f}" for name, rate in bound.items()), flush=True)
+        curves: dict[str, list[RatePoint]] = {name: [] for name in found.field}
+        for number, rate in enumerate(np.geomspace(bound["A"], 1.25 * bound["elastic"], MEASURED)):
+            work = _work(trace, SEED + number)  # other prompts, so that none is cached
+            reports = await race(found.field, work, _arrivals(work, trace, rate), SEED, slo)
+            for name, report in reports.items():
+                curves[name].append(RatePoint.of(rate, report.records, slo))
+            told = ", ".join(
+                f"{name} {points[-1].attainment:.0%} (TTFT p99 {points[-1].ttft_p99_s:.1f} s)"
+                for name, points in curves.items()
+            )
+            print(f"{rate:.3f} requests/s: {told}", flush=True)
+    goodput = {name: rate_at_target(points) for name, points in curves.items()}
+    ttft = {name: ttft_at(points, goodput["elastic"]) for name, points in curves.items()}
+    expected_ttft = {name: ttft_at(points, bound["elastic"]) for name, points in expected.items()}
+    return Outcome(
+        headline=_ratios("goodput_ratio", goodput) | _ratios("ttft_p99_ratio", ttft, lower_is_better=True),
+        bounds=_ratios("goodput_ratio", bound) | _ratios("ttft_p99_ratio", expected_ttft, lower_is_better=True),
+        details={
+            **found.to_json(),
+            "workload": work.settings,
+            "burstiness": None if trace else BURSTINESS,
+            "slo": asdict(slo),
+            "bound_requests_per_s": bound,
+            "goodput_requests_per_s": goodput,
+            "ttft_p99_s_at_our_goodput": ttft,
+            "curves": {name: [asdict(point) for point in points] for name, points in curves.items()},
+        },
+        panels=[
+            Panel(
+                title,
+                unit,
+                {name: [getattr(point, of) for point in points] for name, points in curves.items()},
+                x=[point.rate for point in curves["A"]],
+                x_label="offered requests/s",
+            )
+            for title, unit, of in (
+                ("within the SLO", "share of requests", "attainment"),
+                ("TTFT p99", "s", "ttft_p99_s"),
+            )
+        ],
+    )
+
+
+def _slo(found: Contest) -> Slo:
+    """Latencies of an engine with one request, times SLO_OVER_UNLOADED."""
+    ttft_s = min(found.speed.prefill_s.values())
+    tpot_s = found.speed.decode_step_s(1, SETTING.job.context)
+    return Slo(ttft_ms=1000 * SLO_OVER_UNLOADED * ttft_s, tpot_ms=1000 * SLO_OVER_UNLOADED * tpot_s)
+
+
+def _servers(found: Contest) -> dict[str, Server]:
+    """Each variant as the forecast sees it."""
+    servers = {}
+    for name, (device_bytes, step) in SETTING.room(found.device, found.chunk).items():
+        prefill = found.speed.prefill_s[found.chunk if name in ("B", "C") else SETTING.max_model_len]
+        servers[name] = Server(
+            blocks=found.memory.blocks(device_bytes, step) - 1,
+            seqs=SETTING.max_num_seqs,
+            token_s=prefill / SETTING.job.prompt,
+            memory=found.memory,
+            speed=found.speed,
+        )
+    return servers
+
+
+def _expected(server: Server, trace: Path | None, slo: Slo) -> list[RatePoint]:
+    """The forecast at FORECAST_RATES rates, up to one that no place of the server could carry."""
+    most = SETTING.max_num_seqs / (SETTING.job.output * server.speed.decode_step_s(SETTING.max_num_seqs, 0))
+    work, points = _work(trace, SEED), []
+    for rate in np.geomspace(most / 50, most, FORECAST_RATES):
+        dues = due_times(_arrivals(work, trace, rate), work.requests, SEED)
+        points.append(RatePoint.of(rate, forecast(server, work.requests, dues), slo))
+    return points
+
+
+def _work(trace: Path | None, seed: int) -> Workload:
+    """Lengths and times do not depend on the seed, prompts do."""
+    job = SETTING.job
+    if trace is None:
+        return random_workload(job.requests, input_len=job.prompt, output_len=job.output, seed=seed)
+    return trace_workload(
+        read_trace(trace, job.requests),
+        max_input_len=2 * job.prompt,
+        max_output_len=job.output,
+        seed=seed,
+        origin=trace.name,
+    )
+
+
+def _arrivals(work: Workload, trace: Path | None, rate: float) -> OpenLoop | Replay:
+    if trace is None:
+        return OpenLoop(rate, BURSTINESS)
+    return Replay(rate * (work.requests[-1].arrival_s or 0.0) / len(work.requests))
+
+
+def _ratios(name: str, figures: Mapping[str, float], lower_is_better: bool = False) -> dict[str, float]:
+    """Where a variant has no figure, or none above 0, there is no ratio."""
+    if not all(value > 0 and math.isfinite(value) for value in figures.values()):
+        return {}
+    against_a, against_best = advantage(figures, lower_is_better)
+    return {name: against_a, f"{name}_vs_best": against_best}
