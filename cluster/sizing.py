@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.config import ClusterConfig, MemoryConfig, ModelConfig
+from cluster.config import ClusterConfig, MemoryConfig, ModelConfig, SloClass
 from cluster.models import ModelFacts
 from memory_agent.errors import SettingsError
 from memory_agent.lease_board import LIMIT_UNIT_BYTES
@@ -64,6 +64,7 @@ class EngineSizes:
     model: ModelConfig
     facts: ModelFacts
     memory: MemoryConfig
+    slo: SloClass
 
     @property
     def block_tokens(self) -> int:
@@ -113,7 +114,9 @@ def plan_sizes(config: ClusterConfig, facts: Sequence[ModelFacts], free_bytes: i
 
     Raises SettingsError where the memory, a budget or a ceiling is too small: with what is needed and what would fit.
     """
-    engines = [EngineSizes(model, fact, config.memory) for model, fact in zip(config.models, facts, strict=True)]
+    engines = [
+        EngineSizes(model, fact, config.memory, config.slo[0]) for model, fact in zip(config.models, facts, strict=True)
+    ]
     for engine in engines:
         check_guarantee(engine)
     fixed = BASE_BYTES + sum(e.model.replicas * e.fixed_bytes for e in engines)
@@ -167,6 +170,8 @@ def engine_spec(engine: EngineSizes, budget: int, wanted_rest: int | None) -> En
         weight=model.weight,
         charge_activations=engine.memory.activations,
         host_buffer_bytes=engine.host_buffer_bytes,
+        ttft_slo_ms=engine.slo.ttft_ms,
+        tpot_slo_ms=engine.slo.tpot_ms,
         token_bytes=facts.activation_token_bytes,
         row_bytes=facts.logits_row_bytes,
         dtype=facts.dtype,
@@ -202,7 +207,8 @@ def _elastic_sizes(engine: EngineSizes, budget: int, wanted_rest: int | None) ->
             f"model {name}: memory.rest is {mib(wanted_rest or rest)}, more than a quarter of the ceiling of "
             f"{mib(ceiling)}; lower it to at most {mib(down(ceiling // _CEILING_OVER_REST, MIB))}"
         )
-    return ceiling, rest
+    # No more than a replica is sure to get: it maps its rest before it can ask for anything.
+    return ceiling, min(rest, engine.longest_bytes)
 
 
 def check_guarantee(engine: EngineSizes) -> None:

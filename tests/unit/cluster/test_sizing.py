@@ -72,6 +72,7 @@ def test_sizes_that_are_given_out_hold(
     assert sizing.needed_bytes <= free_bytes
     assert max_model_len * kv_token_bytes + 2 * block_bytes <= spec.kv_ceiling_bytes <= sizing.budget_bytes
     assert 2 * block_bytes <= spec.kv_rest_bytes <= spec.kv_ceiling_bytes // 4
+    assert spec.kv_rest_bytes <= spec.guarantee_bytes, "a replica maps its rest before its lease can grow"
     assert spec.kv_ceiling_bytes % block_bytes == spec.kv_rest_bytes % block_bytes == 0
     assert sizing.budget_bytes % LIMIT_UNIT_BYTES == 0
 
