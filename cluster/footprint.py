@@ -17,10 +17,9 @@ from pathlib import Path
 
 import psutil
 
-SHM = Path("/dev/shm")
+from memory_agent.processes import SHM, shared_segments
+
 _PREFIX = "ellm-"
-_SEGMENTS = ("psm_", "sem.mp-")
-"""What Python's multiprocessing calls its shared memory and its semaphores, before a random part."""
 _OWNER_FILE = "owner.pid"
 _SEGMENTS_FILE = "segments"
 _PR_SET_CHILD_SUBREAPER = 36
@@ -55,8 +54,7 @@ class Footprint:
         """Write down the shared memory that our processes have mapped, to remove it even where they are killed."""
         file = self.folder / _SEGMENTS_FILE
         known = set(file.read_text(encoding="utf-8").splitlines()) if file.exists() else set()
-        inodes = {inode for process in self.processes() for inode in _shared_inodes(process)}
-        mapped = {file.name for file in SHM.iterdir() if file.name.startswith(_SEGMENTS) and _inode(file) in inodes}
+        mapped = {file.name for file in shared_segments(process.pid for process in self.processes())}
         file.write_text("\n".join(sorted(known | mapped)), encoding="utf-8")
 
     def clear(self, patience_s: float = 5.0) -> list[str]:
@@ -136,22 +134,6 @@ def _adopt_orphans() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "prctl"):
         libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def _shared_inodes(process: psutil.Process) -> set[int]:
-    """Inodes of the shared memory that the process has mapped. Not names: a semaphore is mapped by a former one."""
-    try:
-        lines = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return set()
-    return {int(line.split(maxsplit=5)[4]) for line in lines if f" {SHM}/" in line}
-
-
-def _inode(path: Path) -> int | None:
-    try:
-        return path.stat().st_ino
-    except FileNotFoundError:
-        return None
 
 
 def _alive(process: psutil.Process) -> bool:

@@ -17,7 +17,7 @@ from memory_agent.host_segment import host_segment_path
 from memory_agent.lease_board import MAX_ROWS, MAX_WORKERS, AgentWord, EngineWord, LeaseBoard, Row, RowState
 from memory_agent.lease_planner import check_guarantees, plan_leases
 from memory_agent.pressure import Pressure, usage_ratio
-from memory_agent.processes import ExitWatch
+from memory_agent.processes import ExitWatch, shared_segments
 from memory_agent.tenant import EngineTerms, Role, Tenant, process_words
 
 _SETTLE_S = 1.0
@@ -161,6 +161,8 @@ class LeaseKeeper:
                 logger.info("engine %s: %s", tenant.engine_id, gone)
             else:
                 tenant.alive.add(role)
+                if role != Role.REGISTRAR:
+                    tenant.segments |= shared_segments([row.get(pid_word)])
 
     def _advance(self, tenant: Tenant) -> None:
         """Move the row along the picture above."""
@@ -191,6 +193,8 @@ class LeaseKeeper:
         del self._tenants[row.index]
         for rank in range(MAX_WORKERS):  # of an engine that was killed
             host_segment_path(self.board.path, row.index, rank).unlink(missing_ok=True)
+        for segment in tenant.segments:
+            segment.unlink(missing_ok=True)
         row.clear()
 
     def _plan(self) -> None:

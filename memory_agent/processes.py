@@ -5,9 +5,13 @@ A process is known by its id and its start time together, because ids are used a
 
 import os
 import select
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
+from pathlib import Path
 from typing import Generic, TypeVar
 
+SHM = Path("/dev/shm")
+_SEGMENTS = ("psm_", "sem.mp-")
+"""What Python's multiprocessing calls its shared memory and its semaphores, before a random part."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _ST_BLOCK_BYTES = 512
 """Unit of st_blocks, whatever the file system's block size (stat(2))."""
@@ -44,6 +48,29 @@ def resident_bytes(pid: int) -> int:
             return int(statm.read().split()[1]) * _PAGE_BYTES
     except (FileNotFoundError, ProcessLookupError):
         return 0
+
+
+def shared_segments(pids: Iterable[int]) -> set[Path]:
+    """Shared memory and semaphores of Python's multiprocessing that these processes have mapped: files that stay where
+    the processes are killed."""
+    inodes = {inode for pid in pids for inode in _shared_inodes(pid)}
+    return {file for file in SHM.iterdir() if file.name.startswith(_SEGMENTS) and _inode(file) in inodes}
+
+
+def _shared_inodes(pid: int) -> set[int]:
+    """Inodes of the shared memory that the process has mapped. Not names: a semaphore is mapped by a former one."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    return {int(line.split(maxsplit=5)[4]) for line in lines if f" {SHM}/" in line}
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 class ExitWatch(Generic[Key]):

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from pathlib import Path
 
 from memory_agent.demand import DemandPeak
 from memory_agent.errors import SettingsError
@@ -85,6 +86,7 @@ class Tenant:
     """A row in use, with what smooths it.
 
     alive: roles of its processes that still run; watched: roles that have been on the board and are watched or gone;
+    segments: files of shared memory that its processes have mapped.
     late_s: time for which it has owed bytes and given none back.
     """
 
@@ -95,6 +97,7 @@ class Tenant:
     pressure: Pressure = field(default_factory=Pressure)
     alive: set[int] = field(default_factory=set)
     watched: set[int] = field(default_factory=set)
+    segments: set[Path] = field(default_factory=set)
     late_s: float = 0.0
     _sampled_s: float = float("inf")
     _sampled_bytes: int = 0

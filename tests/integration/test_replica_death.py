@@ -29,14 +29,14 @@ def engine_replicas() -> list[psutil.Process]:
 
 
 def shared_memory_of(processes: list[psutil.Process]) -> set[Path]:
-    """Files in shared memory that the processes have mapped or open."""
+    """Files in shared memory that the processes have mapped or open, but for the lease board, which all engines use."""
     found: set[Path] = set()
     for process in processes:
         folder = Path(f"/proc/{process.pid}")
         mapped = [line.split(maxsplit=5)[-1] for line in (folder / "maps").read_text().splitlines()]
         found |= {Path(name) for name in mapped if name.startswith("/dev/shm/")}
         found |= {file for fd in (folder / "fd").iterdir() if (file := fd.readlink()).is_relative_to("/dev/shm")}
-    return found
+    return {file for file in found if file.suffix != ".board"}
 
 
 def stream(url: str, model: str) -> tuple[int, bool]:

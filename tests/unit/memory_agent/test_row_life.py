@@ -1,10 +1,13 @@
 """The life of a row, with real processes: registration, exits of engine, worker and registrar, unregistering."""
 
 import os
+import subprocess
+import sys
 
 from memory_agent.host_segment import host_segment_path
 from memory_agent.lease_board import EngineWord, RowState
 from memory_agent.lease_keeper import LeaseKeeper
+from memory_agent.processes import SHM
 from tests.unit.memory_agent.board_players import BUDGET, Clock, Processes, appear, terms
 
 
@@ -26,6 +29,31 @@ def test_dead_engine_gives_its_bytes_back(keeper: LeaseKeeper, clock: Clock, pro
     assert keeper.board.dead_engines == 1
     assert (left.exists(), alive.exists()) == (False, True)
     assert [tenant.engine_id for tenant in keeper.tenants] == ["b"]
+
+
+def test_a_killed_engines_shared_memory_goes(keeper: LeaseKeeper, clock: Clock, processes: Processes) -> None:
+    """What its processes had mapped of Python's shared memory; a file of the same kind that others use stays."""
+    code = (
+        "import mmap, sys; file = open(sys.argv[1], 'r+b'); held = mmap.mmap(file.fileno(), 4096); "
+        "print(1, flush=True); input()"
+    )
+    mapped, foreign = (SHM / f"psm_{os.getpid()}_{name}" for name in ("mapped", "foreign"))
+    for file in (mapped, foreign):
+        file.write_bytes(bytes(4096))
+    try:
+        command = [sys.executable, "-c", code, str(mapped)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as engine:
+            assert engine.stdout is not None
+            engine.stdout.readline()
+            row = keeper.register(terms("a"))
+            appear(row, engine.pid)
+            clock.tick(3, row)
+            engine.kill()
+        clock.until(lambda: row.state is RowState.FREE)
+        assert (mapped.exists(), foreign.exists()) == (False, True)
+    finally:
+        for file in (mapped, foreign):
+            file.unlink(missing_ok=True)
 
 
 def test_worker_that_lives_on_keeps_its_bytes(keeper: LeaseKeeper, clock: Clock, processes: Processes) -> None:
