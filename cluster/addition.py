@@ -53,7 +53,7 @@ def plan_addition(config: ClusterConfig, model: ModelConfig, facts: ModelFacts, 
 
     Raises SettingsError where the memory, the budget or a ceiling is too small: with what is needed and what would fit.
     """
-    engine = EngineSizes(model, facts, config.memory)
+    engine = EngineSizes(model, facts, config.memory, config.slo[0])
     check_guarantee(engine)
     fixed = model.replicas * engine.fixed_bytes
     promised = model.replicas * engine.guarantee_bytes if model.elastic else 0

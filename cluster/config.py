@@ -146,9 +146,11 @@ class MemoryConfig(_Section):
     gives their memory back at once, which costs a fifth of the speed. Experimental."""
     host_buffer: Size = None
     """Bytes of host memory, beside the budget, in which each elastic replica keeps KV blocks that left the budget, to
-    load them instead of computing them again. auto: none."""
+    load them instead of computing them again. It also lets it compute prompts before there is memory to decode them.
+    auto: none."""
     rest: Size = None
-    """KV bytes that an idle engine shrinks to. auto: a 64th of its ceiling, at least two KV blocks."""
+    """KV bytes that an idle engine shrinks to, at most what one longest request needs. auto: a 64th of its ceiling, at
+    least two KV blocks."""
 
 
 class HttpConfig(_Section):
@@ -163,7 +165,8 @@ class HttpConfig(_Section):
 
 
 class SloClass(_Section):
-    """Latency targets of one class of requests. Nothing is decided by them yet."""
+    """Latency targets of one class of requests. Those of the first class decide how many prompts the host buffer lets
+    in before there is memory to decode them; nothing else is decided by them yet."""
 
     name: str = Field(default="standard", min_length=1)
     """Name of the class."""
@@ -191,8 +194,8 @@ class ClusterConfig(_Section):
     """KV memory of one device."""
     http: HttpConfig = Field(default_factory=HttpConfig)
     """The API server."""
-    slo: list[SloClass] = Field(default_factory=lambda: [SloClass()])
-    """Latency targets by class. Nothing is decided by them yet."""
+    slo: list[SloClass] = Field(default_factory=lambda: [SloClass()], min_length=1)
+    """Latency targets by class. Those of the first decide how many prompts the host buffer lets in early."""
     controller: ControllerConfig = Field(default_factory=ControllerConfig)
     """Bounds for every replica."""
 

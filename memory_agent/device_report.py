@@ -77,6 +77,8 @@ def sample_engine(tenant: Tenant) -> EngineReport:
         host_declined_blocks=row.get(EngineWord.HOST_DECLINED_BLOCKS),
         host_evicted_blocks=row.get(EngineWord.HOST_EVICTED_BLOCKS),
         host_damaged_blocks=row.get(EngineWord.HOST_DAMAGED_BLOCKS),
+        host_logical_bytes=row.get(EngineWord.HOST_LOGICAL_BYTES),
+        set_aside=row.get(EngineWord.SET_ASIDE),
         inflate_count=row.get(EngineWord.INFLATE_COUNT),
         inflate_bytes=row.get(EngineWord.INFLATE_BYTES),
         deflate_count=row.get(EngineWord.DEFLATE_COUNT),

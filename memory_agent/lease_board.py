@@ -145,6 +145,10 @@ class EngineWord(IntEnum):
     """Since the start: blocks that had to leave the host buffer for others."""
     HOST_DAMAGED_BLOCKS = 93
     """Since the start: blocks that were not found whole, and were computed again."""
+    HOST_LOGICAL_BYTES = 94
+    """Most KV memory of requests that may be set aside, over all workers, so that prompts are computed early."""
+    SET_ASIDE = 95
+    """Since the start: requests that were set aside for a prompt."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ class EngineReport:
         used_bytes: KV bytes that requests reference now.
         host_bytes: taken in the host buffer. host_..._blocks, since the start: written to it; loaded from it; not
             moved, because computing them again is cheaper; pushed out by others; not found whole, and computed again.
+        host_logical_bytes: of requests that may be set aside for prompts; set_aside: requests that were, since the
+            start.
         rss_bytes: resident bytes of the engine's processes.
         map_failures: moves that a worker refused for lack of memory.
         conservation_failures: checks that found the engine's count of its memory at odds with what is mapped: a defect.
@@ -63,6 +65,8 @@ class EngineReport:
     host_declined_blocks: int
     host_evicted_blocks: int
     host_damaged_blocks: int
+    host_logical_bytes: int
+    set_aside: int
     inflate_count: int
     inflate_bytes: int
     deflate_count: int

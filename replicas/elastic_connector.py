@@ -28,6 +28,7 @@ from memory_agent.kv_fingerprint import KvFingerprint
 from replicas.activation_ledger import ActivationSample
 from replicas.activation_meter import ActivationMeter
 from replicas.elastic_kv import ElasticKv
+from replicas.elastic_prefill import ElasticPrefill, Objectives
 from replicas.elastic_settings import ElasticSettings
 from replicas.host_copies import HostCopies
 from replicas.host_tier import HostTier
@@ -61,6 +62,7 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._host_slots = self._slots()
         self._fingerprint = partial(_fingerprint, vllm_config, self.geometry, self.settings.weights_identity)
         self.host: HostTier | None = None
+        self.prefill: ElasticPrefill | None = None
         self._copies: HostCopies | None = None
 
     @property
@@ -148,6 +150,10 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
                 self._fingerprint(rank=0).digest,
                 len(handshakes),
             )
+            if self.settings.ttft_slo_s and self.settings.tpot_slo_s:
+                longest = self.settings.kv_guarantee_bytes // (self.geometry.block_bytes * len(handshakes))
+                objectives = Objectives(self.settings.ttft_slo_s, self.settings.tpot_slo_s)
+                self.prefill = ElasticPrefill(objectives, max(1, longest), self._host_slots)
         on_evict = self.host.evict if self.host is not None else None
         self._kv = ElasticKv(self.settings, self.geometry, self.groups, pool, handshakes, on_evict)
 
@@ -177,6 +183,8 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         if self.host is None:
             return 0, False
+        if self.prefill is not None and self.prefill.holds(request.request_id, new=not request.num_output_tokens):
+            return None, False  # vLLM leaves it out of this step
         tokens = self.host.match(request.request_id, request.block_hashes, num_computed_tokens, request.num_tokens)
         return tokens, False
 
@@ -189,6 +197,8 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         if self.host is not None:
             self.host.forget(request.request_id)
+        if self.prefill is not None:
+            self.prefill.forget(request.request_id)
         return False, None
 
     def reset_cache(self) -> bool | None:

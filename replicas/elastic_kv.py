@@ -90,7 +90,9 @@ class ElasticKv:
         self._rest_now = False
         self._before = Holding(0, 0)
         self._heaps_used = False
-        self._words = EngineWords(self.row, self._extent_bytes // self._extents.blocks_per_extent)
+        self.block_bytes = self._extent_bytes // self._extents.blocks_per_extent
+        """Of a KV block, over all ranks."""
+        self._words = EngineWords(self.row, self.block_bytes)
         self._words.appear(
             handshakes,
             groups[0].block_tokens,
@@ -221,15 +223,23 @@ class ElasticKv:
     @property
     def usage(self) -> float:
         """Used share of the capacity that the lease makes reachable, 0 to 1."""
-        extents = max(self._limit, self._n(ExtentState.MAPPED))
-        reachable = min(extents * self._extents.blocks_per_extent, self._blocks_ceiling) - 1
+        reachable = self._blocks_in(max(self._limit, self._n(ExtentState.MAPPED)))
         return min(1.0, self.parking.used_blocks / reachable) if reachable > 0 else 0.0
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that requests do not use and the lease allows, mapped or not; negative where they use more."""
+        return self._blocks_in(self._limit) - self.parking.used_blocks
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     @property
     def _committed(self) -> int:
         return self._n(ExtentState.MAPPED) + self._n(ExtentState.MAPPING) + self._n(ExtentState.UNMAPPING)
+
+    def _blocks_in(self, extents: int) -> int:
+        """Blocks for requests, without vLLM's null block, in so many extents."""
+        return min(extents * self._extents.blocks_per_extent, self._blocks_ceiling) - 1
 
     def _n(self, state: ExtentState) -> int:
         return self.parking.count(state)

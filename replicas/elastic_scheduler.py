@@ -1,5 +1,6 @@
 """vLLM's schedulers with a lease: each step they ask what fits. Chosen by ``scheduler_cls``."""
 
+import time
 from itertools import islice
 from typing import Any
 
@@ -7,14 +8,16 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import Request
 
 from memory_agent.lease_board import EngineWord, ReplicaWord
 from replicas.elastic_connector import ElasticKVConnector
 from replicas.elastic_kv import ElasticKv
+from replicas.elastic_prefill import Claim, ElasticPrefill, Line
 from replicas.kv_geometry import check_guarantee
 from replicas.kv_plan import blocks_ahead
 from replicas.step_demand import StepDemand
-from replicas.vllm_adapter import check_scheduler, preempt_last, returning_blocks
+from replicas.vllm_adapter import check_scheduler, preempt, preempt_last, returning_blocks
 
 _MOST_RESERVE_BLOCKS = 16
 """Bound on the blocks kept mapped beyond what the queues ask for."""
@@ -44,6 +47,8 @@ class _Elastic(Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         kv = self._kv
         self._apply_target(kv)
+        if self._elastic_connector.prefill is not None:
+            self._make_way(self._elastic_connector.prefill)
         ahead = self._running_blocks_ahead()
         demand = self._demand(ahead)
         kv.begin_step(demand, self._preempt)
@@ -111,6 +116,36 @@ class _Elastic(Scheduler):
             blocks_returning=returning_blocks(self),
             preemptions=self._preemptions,
         )
+
+    def _make_way(self, prefill: ElasticPrefill) -> None:
+        """Set running requests aside for a prompt that does not fit, where the objectives want that."""
+        newcomer = next((request for request in self.waiting if not request.num_output_tokens), None)
+        aside = [self.requests[request_id] for request_id in prefill.aside]
+        started = {r.request_id: r.num_output_tokens for r in (*self.running, *aside) if r.num_output_tokens}
+        waited_s = time.time() - newcomer.arrival_time if newcomer is not None else 0.0
+        prefill.observe(time.monotonic(), waited_s, started)
+        if len(self.running) >= self.max_num_active_reqs:
+            newcomer = None  # not for want of memory
+        line = Line(
+            free_blocks=self._kv.free_blocks - self._running_blocks_ahead(),
+            newcomer=self._claim(newcomer) if newcomer is not None else None,
+            aside=[self._claim(request) for request in aside],
+            movable=[
+                Claim(request.request_id, -(-request.num_computed_tokens // self._kv_groups[0].block_tokens))
+                for request in reversed(self.running)
+                if request.num_output_tokens and prefill.may_move(request.request_id)
+            ],
+            running=bool(self.running),
+        )
+        for request_id in prefill.decide(line):
+            preempt(self, self.requests[request_id])
+        self._kv.row.set(EngineWord.HOST_LOGICAL_BYTES, prefill.logical_blocks * self._kv.block_bytes)
+        self._kv.row.set(EngineWord.SET_ASIDE, prefill.displaced)
+
+    def _claim(self, request: Request) -> Claim:
+        """What a waiting request needs to start or to go on."""
+        lookahead = self._elastic_connector.settings.lookahead_tokens
+        return Claim(request.request_id, blocks_ahead(self._kv_groups, request.num_tokens, 0, lookahead))
 
     def _preempt(self) -> int:
         return preempt_last(self)

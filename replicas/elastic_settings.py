@@ -15,6 +15,8 @@ class ElasticSettings:
         charge_activations: activations count against the lease, and bound the tokens of a step.
         token_bytes, row_bytes: activation bytes of a token and of a request's logits, per worker, until measured.
         host_buffer_bytes: per worker; 0 for none. weights_identity: which weights computed the KV that lies there.
+        ttft_slo_s, tpot_slo_s: objectives by which prompts are computed before there is memory to decode them, their KV
+            in the host buffer meanwhile; 0: they never are.
         idle_release_s: idleness after which the engine shrinks to ``rest_bytes``.
         patience_s: longest wait for a lease that the agent is about to raise, before a request is preempted instead.
         notice_s: time the agent gets to notice a new demand.
@@ -31,6 +33,8 @@ class ElasticSettings:
     row_bytes: int
     host_buffer_bytes: int = 0
     weights_identity: str = ""
+    ttft_slo_s: float = 0.0
+    tpot_slo_s: float = 0.0
     idle_release_s: float = 3.0
     patience_s: float = 1.0
     notice_s: float = 0.15

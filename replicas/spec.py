@@ -31,6 +31,7 @@ class EngineSpec:
         token_bytes: upper estimate of a worker's activation bytes of one token in a step, used until it is measured.
         row_bytes: likewise, of the logits of one request that samples.
         host_buffer_bytes: host memory, over all workers, for KV blocks that leave the device; 0 for none.
+        ttft_slo_ms, tpot_slo_ms: objectives by which the host buffer lets prompts in early; 0: it does not.
         async_scheduling: None leaves it to vLLM's platform default; True forces it on.
         engine_args: further keyword arguments of vLLM's AsyncEngineArgs, passed as they are.
     """
@@ -47,6 +48,8 @@ class EngineSpec:
     token_bytes: int = 64 << 10
     row_bytes: int = 1 << 20
     host_buffer_bytes: int = 0
+    ttft_slo_ms: float = 0.0
+    tpot_slo_ms: float = 0.0
     dtype: str = "auto"
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048

@@ -1,7 +1,7 @@
 """The one place that touches vLLM's scheduler below its public surface, with a check that it looks as expected.
 
 vLLM has no public way to see the next free blocks without listing all of them, nor to preempt a running request when
-memory has to go back to a neighbour. ``preempt_last`` does what
+memory has to go back to a neighbour. ``preempt`` does what
 ``Scheduler.reset_prefix_cache(reset_running_requests=True)`` does, for one request.
 """
 
@@ -13,6 +13,7 @@ import vllm
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
 
 SUPPORTED_VLLM = "0.32"
 
@@ -64,11 +65,16 @@ def preempt_last(scheduler: Scheduler) -> int:
     if not scheduler.running:
         return -1
     before = returning_blocks(scheduler)
-    request = scheduler.running.pop()
+    preempt(scheduler, scheduler.running[-1])
+    return returning_blocks(scheduler) - before
+
+
+def preempt(scheduler: Scheduler, request: Request) -> None:
+    """Preempt a running request; it waits at the head of the queue and loses no token."""
+    scheduler.running.remove(request)
     scheduler._preempt_request(request, time.monotonic())
     # It may be scheduled again at once: the model runner must then see it as resumed, not as continued.
     scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
-    return returning_blocks(scheduler) - before
 
 
 def returning_blocks(scheduler: Scheduler) -> int:

@@ -30,7 +30,7 @@ def engine(engine_id: str = "a", **values: Any) -> EngineReport:
         "activation_bytes": 7, "activation_held_bytes": 5, "token_budget": 64, "used_bytes": 20,
         "demand_bytes": GIB // 2, "rss_bytes": 900, "running": 2, "waiting": 3,
         "preemptions": 0, "host_bytes": 11, "host_stored_blocks": 0, "host_loaded_blocks": 0, "host_declined_blocks": 0,
-        "host_evicted_blocks": 0, "host_damaged_blocks": 0,
+        "host_evicted_blocks": 0, "host_damaged_blocks": 0, "host_logical_bytes": 0, "set_aside": 0,
         "inflate_count": 0, "inflate_bytes": 0, "deflate_count": 0, "deflate_bytes": 0,
         "map_failures": 0, "conservation_failures": 0, "overdue_bytes": 0,
         "blocks_mapped": 1, "reachable_blocks": 9, "blocks_ceiling": 10, "block_tokens": 128,
