@@ -105,7 +105,7 @@ def _servers(found: Contest) -> dict[str, Server]:
     """Each variant as the forecast sees it."""
     servers = {}
     for name, (device_bytes, step) in SETTING.room(found.device, found.chunk).items():
-        prefill = found.speed.prefill_s[found.chunk if name in ("B", "C") else SETTING.max_model_len]
+        prefill = found.speed.prefill_s[found.chunk if name in ("B", "C", "host") else SETTING.max_model_len]
         servers[name] = Server(
             blocks=found.memory.blocks(device_bytes, step) - 1,
             seqs=SETTING.max_num_seqs,

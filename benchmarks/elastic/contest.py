@@ -17,7 +17,8 @@ from benchmarks.elastic.variants import (
     MIB,
     Device,
     block_bytes,
-    elastic_variants,
+    elastic_spec,
+    host_variants,
     longest_blocks,
     model_facts,
     static_variants,
@@ -43,14 +44,16 @@ class Setting:
     batches: tuple[int, ...]
 
     def room(self, device: Device, chunk: int) -> dict[str, tuple[int, int]]:
-        """Each variant's bytes, and the tokens of the step that its KV memory leaves room for. The elastic one needs
-        room for the smallest step alone, a token of each request."""
+        """Each variant's bytes, and the tokens of the step that its KV memory leaves room for. The elastic ones
+        need room for the smallest step alone, a token of each request."""
         both = device.device_bytes + device.host_bytes
         return {
             "A": (device.device_bytes, self.max_model_len),
             "B": (device.device_bytes, chunk),
             "C": (both, chunk),
+            "host": (device.device_bytes, chunk),
             "elastic": (device.device_bytes, self.max_num_seqs),
+            "both": (device.device_bytes, self.max_num_seqs),
         }
 
     def held(self, memory: Memory, device: Device, chunk: int, request_tokens: int) -> dict[str, int]:
@@ -91,15 +94,17 @@ async def contest(setting: Setting, folder: Path) -> AsyncIterator[Contest]:
     memory = await measure_memory(facts)
     device_bytes = memory.activation_bytes(longest) + longest_blocks(longest) * block_bytes(facts)
     device = Device(device_bytes, host_bytes=device_bytes)
-    async with racers(elastic_variants(facts, setting.max_num_seqs, _ROOM * device_bytes), folder) as ours:
+    seqs = setting.max_num_seqs
+    async with racers({"elastic": elastic_spec(facts, seqs, _ROOM * device_bytes, longest)}, folder) as ours:
         speed = await measure_speed(ours["elastic"], setting.job, setting.chunks, setting.batches)
         chunk = best_chunk(setting.job, device_bytes, memory, speed, longest_blocks(longest))
         held = setting.held(memory, device, chunk, setting.job.request_tokens)
         _print(setting.job, memory, speed, device, chunk)
-        async with racers(static_variants(facts, setting.max_num_seqs, memory, device, chunk), folder) as static:
-            for one in ours.values():
+        others = static_variants(facts, seqs, memory, device, chunk) | host_variants(facts, seqs, memory, device, chunk)
+        async with racers(others, folder) as field:
+            for one in (ours["elastic"], field["both"]):
                 await one.lease(device_bytes)
-            yield Contest(setting, memory, speed, device, chunk, held, static | ours)
+            yield Contest(setting, memory, speed, device, chunk, held, field | ours)
 
 
 def _print(job: Job, memory: Memory, speed: Speed, device: Device, chunk: int) -> None:

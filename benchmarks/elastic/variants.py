@@ -82,6 +82,18 @@ def static_variants(
     }
 
 
-def elastic_variants(facts: ModelFacts, max_num_seqs: int, ceiling_bytes: int) -> dict[str, EngineSpec]:
-    """Ours. What they may hold is up to their lease; a step may take the longest prompt."""
-    return {"elastic": elastic_spec(facts, max_num_seqs, ceiling_bytes, facts.max_model_len)}
+def host_variants(
+    facts: ModelFacts, max_num_seqs: int, memory: Memory, device: Device, chunk: int
+) -> dict[str, EngineSpec]:
+    """The paper's ablation with a host buffer: as B with KV memory that does not move, and elastic. Their prompts are
+    set aside by no objective."""
+    blocks = memory.blocks(device.device_bytes, chunk)
+    fixed = replace(
+        static_spec(facts, max_num_seqs, blocks, chunk),
+        kv_guarantee_bytes=longest_blocks(facts.max_model_len) * block_bytes(facts),
+        elastic=True,
+    )
+    moving = elastic_spec(facts, max_num_seqs, device.device_bytes, facts.max_model_len)
+    return {
+        name: replace(spec, host_buffer_bytes=device.host_bytes) for name, spec in (("host", fixed), ("both", moving))
+    }
