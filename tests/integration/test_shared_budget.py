@@ -104,8 +104,8 @@ async def demand_moves(first: LocalEngine, second: LocalEngine, samples: Samples
         assert not alone.done(), f"the first engine held at most {samples.most_of(0) / BUDGET_BYTES:.0%} of the budget"
         await asyncio.sleep(0.02)
     begun = time.monotonic()
-    answers = await second.generate_all(burst(2, 6, 440), 8, "second")
-    assert [len(answer) for answer in answers] == [8] * 6
+    answers = await second.generate_all(burst(2, 6, 440), 24, "second")
+    assert [len(answer) for answer in answers] == [24] * 6
     assert samples.most_of(1, begun) > GUARANTEE_BYTES
     assert samples.least_of(0, begun) < 0.7 * BUDGET_BYTES
     assert [len(answer) for answer in await alone] == [70] * 9
