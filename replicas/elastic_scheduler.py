@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
@@ -124,8 +125,8 @@ class _Elastic(Scheduler):
         started = {r.request_id: r.num_output_tokens for r in (*self.running, *aside) if r.num_output_tokens}
         waited_s = time.time() - newcomer.arrival_time if newcomer is not None else 0.0
         prefill.observe(time.monotonic(), waited_s, started)
-        if len(self.running) >= self.max_num_active_reqs:
-            newcomer = None  # not for want of memory
+        if len(self.running) >= self.max_num_active_reqs or self.pause_state is not PauseState.UNPAUSED:
+            newcomer = None  # it does not wait for memory
         line = Line(
             free_blocks=self._kv.free_blocks - self._running_blocks_ahead(),
             newcomer=self._claim(newcomer) if newcomer is not None else None,
