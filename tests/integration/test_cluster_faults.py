@@ -91,6 +91,7 @@ def test_new_requests_avoid_a_replica_under_pressure(cluster: str, model: str) -
             assert [answer.result() for answer in load] == [150] * len(load)
     finally:
         ray.get(agent.set_limits.remote(victim, guarantee, ceiling))
+        until(lambda: replicas(cluster)[victim]["ceiling_bytes"] == ceiling, "the reports show the old ceiling again")
 
 
 def test_streams_outlive_agent_and_controller(cluster: str, model: str) -> None:
