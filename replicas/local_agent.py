@@ -46,7 +46,7 @@ class LocalAgent:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop and remove the board."""
+        """Stop. The board stays as a file."""
         self._done.set()
         self._thread.join()
         self._keeper.close()

@@ -6,6 +6,7 @@ A static engine sets the first part aside for its largest step for ever; an elas
 can make do with the smallest step. So the elastic engine's bound is what fits beside the smallest step.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -127,9 +128,12 @@ def best_chunk(job: Job, device_bytes: int, memory: Memory, speed: Speed, least:
     return min(fitting, key=lambda c: (makespan_s(job, memory.held(device_bytes, c, job.request_tokens), c, speed), c))
 
 
-def advantage(figures: Mapping[str, float], lower_is_better: bool = False) -> tuple[float, float]:
-    """How many times better the elastic figure is than A's, and than the best static one."""
-    ours, static = figures["elastic"], [value for name, value in figures.items() if name in STATIC]
+def advantage(name: str, figures: Mapping[str, float], lower_is_better: bool = False) -> dict[str, float]:
+    """How many times better the elastic figure is than A's, as ``name``, and than the best static one, as
+    ``name``_vs_best. Empty where a variant has no figure above 0: there is no ratio then."""
+    if not all(value > 0 and math.isfinite(value) for value in figures.values()):
+        return {}
+    ours, static = figures["elastic"], [value for variant, value in figures.items() if variant in STATIC]
     if lower_is_better:
-        return figures["A"] / ours, min(static) / ours
-    return ours / figures["A"], ours / max(static)
+        return {name: figures["A"] / ours, f"{name}_vs_best": min(static) / ours}
+    return {name: ours / figures["A"], f"{name}_vs_best": ours / max(static)}

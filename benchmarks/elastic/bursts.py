@@ -8,8 +8,6 @@ goodput_ratio    highest rate at which 90 % keep the SLO, over A's
 ttft_p99_ratio   A's TTFT p99 over ours at the rate where ours keeps 90 %, of requests that also keep TPOT
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -66,8 +64,8 @@ async def run(folder: Path, trace: Path | None = None) -> Outcome:
     ttft = {name: ttft_at(points, goodput["elastic"]) for name, points in curves.items()}
     expected_ttft = {name: ttft_at(points, bound["elastic"]) for name, points in expected.items()}
     return Outcome(
-        headline=_ratios("goodput_ratio", goodput) | _ratios("ttft_p99_ratio", ttft, lower_is_better=True),
-        bounds=_ratios("goodput_ratio", bound) | _ratios("ttft_p99_ratio", expected_ttft, lower_is_better=True),
+        headline=advantage("goodput_ratio", goodput) | advantage("ttft_p99_ratio", ttft, lower_is_better=True),
+        bounds=advantage("goodput_ratio", bound) | advantage("ttft_p99_ratio", expected_ttft, lower_is_better=True),
         details={
             **found.to_json(),
             "workload": work.settings,
@@ -144,11 +142,3 @@ def _arrivals(work: Workload, trace: Path | None, rate: float) -> OpenLoop | Rep
     if trace is None:
         return OpenLoop(rate, BURSTINESS)
     return Replay(rate * (work.requests[-1].arrival_s or 0.0) / len(work.requests))
-
-
-def _ratios(name: str, figures: Mapping[str, float], lower_is_better: bool = False) -> dict[str, float]:
-    """Where a variant has no figure, or none above 0, there is no ratio."""
-    if not all(value > 0 and math.isfinite(value) for value in figures.values()):
-        return {}
-    against_a, against_best = advantage(figures, lower_is_better)
-    return {name: against_a, f"{name}_vs_best": against_best}

@@ -3,7 +3,6 @@
 The requests are a little over half as long as the longest one that A must be able to serve. All are there at the start.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -58,8 +57,8 @@ async def run(folder: Path) -> Outcome:
     held_figures = {name: one.held for name, one in figures.items()}
     rate_figures = {name: one.tokens_per_s for name, one in figures.items()}
     return Outcome(
-        headline=_ratios("concurrency_ratio", held_figures) | _ratios("decode_throughput_ratio", rate_figures),
-        bounds=_ratios("concurrency_ratio", held) | _ratios("decode_throughput_ratio", rates),
+        headline=advantage("concurrency_ratio", held_figures) | advantage("decode_throughput_ratio", rate_figures),
+        bounds=advantage("concurrency_ratio", held) | advantage("decode_throughput_ratio", rates),
         details={
             **found.to_json(),
             "decode_bound_tokens_per_s": rates,
@@ -74,14 +73,6 @@ async def run(folder: Path) -> Outcome:
             Panel("decode", "tokens/s", {name: [v] for name, v in rate_figures.items()}, bounds=rates),
         ],
     )
-
-
-def _ratios(name: str, figures: Mapping[str, float]) -> dict[str, float]:
-    """Where a variant has no figure there is no ratio."""
-    if any(math.isnan(value) for value in figures.values()):
-        return {}
-    against_a, against_best = advantage(figures)
-    return {name: against_a, f"{name}_vs_best": against_best}
 
 
 def _print_bounds(table: Mapping[int, Mapping[str, int]], rates: Mapping[str, float]) -> None:

@@ -27,7 +27,7 @@ from cluster.bench.arrivals import Replay, due_times
 from cluster.bench.load import run_load
 from cluster.bench.report import LoadReport, RequestRecord
 from cluster.bench.workload import Workload, random_workload
-from memory_agent.lease_board import EngineWord, LeaseBoard
+from memory_agent.lease_board import EngineWord
 from memory_agent.tenant import EngineTerms
 from replicas.lease_watch import WakePolicy, watch_lease
 from replicas.local_agent import LocalAgent, local_agent
@@ -71,7 +71,7 @@ async def run(folder: Path) -> Outcome:
     print("bound, TTFT p99: " + ", ".join(f"{name} {value:.1f} s" for name, value in bound.items()), flush=True)
 
     async with (
-        _split(static_spec(facts, MAX_NUM_SEQS, plan.half_blocks, chunk), folder) as halves,
+        _split(static_spec(facts, MAX_NUM_SEQS, plan.half_blocks, chunk)) as halves,
         _shared(elastic_spec(facts, MAX_NUM_SEQS, plan.device_bytes, MAX_MODEL_LEN), plan, folder) as (agent, tenants),
     ):
         before = [engine.word(EngineWord.INFLATE_BYTES) for engine in tenants]
@@ -138,7 +138,7 @@ def _ttft_p99_s(records: Sequence[RequestRecord]) -> float:
 
 
 @asynccontextmanager
-async def _split(spec: EngineSpec, folder: Path) -> AsyncIterator[list[LocalEngine]]:
+async def _split(spec: EngineSpec) -> AsyncIterator[list[LocalEngine]]:
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(local_engine(spec, None, SHARING)) for _ in range(2)]
         for engine in engines:
@@ -163,8 +163,7 @@ async def _shared(spec: EngineSpec, plan: Plan, folder: Path) -> AsyncIterator[t
                 )
             )
             engine = await stack.enter_async_context(local_engine_at(spec, place, SHARING))
-            row = LeaseBoard.open(Path(place.board_path)).row(place.row)
-            watches.append(asyncio.create_task(watch_lease(row, engine.wake, WakePolicy())))
+            watches.append(asyncio.create_task(watch_lease(engine.row, engine.wake, WakePolicy())))
             engines.append(engine)
         try:
             for engine in engines:

@@ -1,5 +1,7 @@
 """The bounds of the elastic benchmark: arithmetic on bytes and rates."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,5 +91,11 @@ def test_the_chunk_trades_speed_of_prefill_for_memory() -> None:
 
 def test_an_advantage_is_above_one_where_ours_is_better() -> None:
     """Of rates and of latencies alike, against A and against the best static variant."""
-    assert advantage({"A": 2.0, "B": 8.0, "C": 5.0, "elastic": 6.0}) == (3.0, 0.75)
-    assert advantage({"A": 12.0, "B": 2.0, "C": 6.0, "elastic": 4.0}, lower_is_better=True) == (3.0, 0.5)
+    rates, latencies = {"A": 2.0, "B": 8.0, "C": 5.0, "elastic": 6.0}, {"A": 12.0, "B": 2.0, "C": 6.0, "elastic": 4.0}
+    assert advantage("rate", rates) == {"rate": 3.0, "rate_vs_best": 0.75}
+    assert advantage("ttft", latencies, lower_is_better=True) == {"ttft": 3.0, "ttft_vs_best": 0.5}
+
+
+@pytest.mark.parametrize("figure", [0.0, math.nan, math.inf])
+def test_a_variant_without_a_figure_has_no_ratio(figure: float) -> None:
+    assert advantage("rate", {"A": figure, "B": 1.0, "elastic": 2.0}) == {}
