@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 _UNITS = ("B", "Ki", "Mi", "Gi", "Ti")
+_REPLICA_SIZES = ("used_bytes", "held_bytes_os", "limit_bytes", "ceiling_bytes", "host_bytes")
 _LEVEL_STYLE = {"NORMAL": "green", "ELEVATED": "yellow", "CRITICAL": "bold red"}
 
 
@@ -106,10 +107,11 @@ def _device_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
 
 def _replica_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
     table = _table(
-        "\nReplicas: KV memory used, held and leased; preemptions; extents grown/shrunk", ("replica", "status")
+        "\nReplicas: KV memory used, held and leased, host buffer; preempted, set aside; extents grown/shrunk",
+        ("replica", "status"),
     )
     table.add_column("model", overflow="fold")
-    for column in ("used", "held", "limit", "ceil", "use", "run", "wait", "pre", "moves"):
+    for column in ("used", "held", "limit", "ceil", "host", "use", "run", "wait", "pre", "aside", "moves"):
         table.add_column(column, justify="right", no_wrap=True)
     for _, device in devices:
         for one in device["replicas"]:
@@ -117,9 +119,9 @@ def _replica_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
                 one["engine_id"].rpartition("#")[2],
                 _level(one["pressure"]) if one["state"] == "LIVE" else Text(one["state"], style="yellow"),
                 one["model"],
-                *(format_bytes(one[size]) for size in ("used_bytes", "held_bytes_os", "limit_bytes", "ceiling_bytes")),
+                *(format_bytes(one[size]) for size in _REPLICA_SIZES),
                 f"{one['kv_usage']:.0%}",
-                *(str(one[count]) for count in ("running", "waiting", "preemptions")),
+                *(str(one[count]) for count in ("running", "waiting", "preemptions", "set_aside")),
                 f"{one['inflate_count']}/{one['deflate_count']}",
             )
     return table

@@ -14,8 +14,9 @@ NODE = "0123456789abcdef0123456789abcdef"
 def replica(engine_id: str, **values: Any) -> dict[str, Any]:
     known = {
         "engine_id": engine_id, "model": "smol", "state": "LIVE", "pressure": "NORMAL", "used_bytes": 20 << 20,
-        "held_bytes_os": 50 << 20, "limit_bytes": 512 << 20, "ceiling_bytes": 1 << 30, "kv_usage": 0.25, "running": 2,
-        "waiting": 3, "preemptions": 4, "inflate_count": 17, "deflate_count": 16, "target": {"revision": 8},
+        "held_bytes_os": 50 << 20, "limit_bytes": 512 << 20, "ceiling_bytes": 1 << 30, "host_bytes": 8 << 20,
+        "kv_usage": 0.25, "running": 2, "waiting": 3, "preemptions": 4, "set_aside": 5,
+        "inflate_count": 17, "deflate_count": 16, "target": {"revision": 8},
     }  # fmt: skip
     return known | values
 
@@ -64,7 +65,7 @@ def test_device_row_shows_memory_by_owner() -> None:
 
 def test_replica_row_shows_its_lease_and_work() -> None:
     """Pressure, held bytes, limit, ceiling, usage and counts stand in the replica's row."""
-    expected = "abc12345 CRITICAL smol 20.0Mi 50.0Mi 512Mi 1.00Gi 25% 2 3 4 17/16"
+    expected = "abc12345 CRITICAL smol 20.0Mi 50.0Mi 512Mi 1.00Gi 8.00Mi 25% 2 3 4 5 17/16"
     text = shown(snapshot(replica("app#model#abc12345", pressure="CRITICAL")))
     assert row_of(text, "abc12345") == expected.split()
 
