@@ -49,11 +49,11 @@ class Line:
 @dataclass(frozen=True)
 class Choice:
     """What to do before the step: set aside ``displace``, in this order; of those set aside before, let only ``resume``
-    in; let newcomers in if ``admit``, only the first one where anybody stays aside."""
+    in; where anybody stays aside, let no newcomer in but ``admit``."""
 
     displace: Sequence[str]
     resume: Sequence[str]
-    admit: bool
+    admit: str | None
 
 
 def choose(line: Line, logical_blocks: int) -> Choice:
@@ -61,22 +61,22 @@ def choose(line: Line, logical_blocks: int) -> Choice:
     first, and it waits."""
     before = sum(claim.blocks for claim in line.aside)
     displaced, free = _way_for(line, logical_blocks - before)
-    admit = line.newcomer is not None and line.newcomer.blocks <= free
-    if admit and line.newcomer is not None:
+    admit = None
+    if line.newcomer is not None and line.newcomer.blocks <= free:
         after = before + sum(claim.blocks for claim in displaced) + line.newcomer.blocks
         if line.aside and after > logical_blocks:
-            admit, displaced, free = False, [], line.free_blocks
+            displaced, free = [], line.free_blocks
         else:
+            admit = line.newcomer.request_id
             free -= line.newcomer.blocks
     resume: list[str] = []
     for claim in line.aside:
-        alone = not line.running and not admit and not resume
+        alone = not line.running and admit is None and not resume
         if claim.blocks > free and not alone:
             break
         resume.append(claim.request_id)
         free -= claim.blocks
-    everybody_back = len(resume) == len(line.aside)
-    return Choice([claim.request_id for claim in displaced], resume, admit or everybody_back)
+    return Choice([claim.request_id for claim in displaced], resume, admit)
 
 
 def _way_for(line: Line, room_blocks: int) -> tuple[list[Claim], int]:
@@ -119,8 +119,7 @@ class ElasticPrefill:
         self._moved: set[str] = set()
         self._aside: dict[str, None] = {}  # in the order in which they were set aside
         self._urgent = False
-        self._admit = True
-        self._newcomer: str | None = None
+        self._choice = Choice(displace=[], resume=[], admit=None)
         self.displaced = 0
         """Requests that were set aside since the start."""
 
@@ -160,8 +159,7 @@ class ElasticPrefill:
         choice = choose(line, self.logical_blocks if self._urgent else 0)
         for request_id in choice.resume:
             del self._aside[request_id]
-        self._admit = choice.admit
-        self._newcomer = line.newcomer.request_id if line.newcomer is not None else None
+        self._choice = choice
         for request_id in choice.displace:
             self._aside[request_id] = None
             self._moved.add(request_id)
@@ -172,7 +170,7 @@ class ElasticPrefill:
         """Must this waiting request stay out of the coming step? ``new``: it has no token yet."""
         if request_id in self._aside:
             return True
-        return new and bool(self._aside) and not (self._admit and request_id == self._newcomer)
+        return new and bool(self._aside) and request_id != self._choice.admit
 
     def forget(self, request_id: str) -> None:
         """The request has ended."""

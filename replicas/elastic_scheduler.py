@@ -48,9 +48,10 @@ class _Elastic(Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         kv = self._kv
         self._apply_target(kv)
-        if self._elastic_connector.prefill is not None:
-            self._make_way(self._elastic_connector.prefill)
         ahead = self._running_blocks_ahead()
+        prefill = self._elastic_connector.prefill
+        if prefill is not None and self._make_way(prefill, ahead):
+            ahead = self._running_blocks_ahead()
         demand = self._demand(ahead)
         kv.begin_step(demand, self._preempt)
         if self._elastic_connector.host is not None:
@@ -118,8 +119,9 @@ class _Elastic(Scheduler):
             preemptions=self._preemptions,
         )
 
-    def _make_way(self, prefill: ElasticPrefill) -> None:
-        """Set running requests aside for a prompt that does not fit, where the objectives want that."""
+    def _make_way(self, prefill: ElasticPrefill, running_ahead: int) -> int:
+        """Set running requests aside for a prompt that does not fit, where the objectives want that. Returns how
+        many."""
         newcomer = next((request for request in self.waiting if not request.num_output_tokens), None)
         aside = [self.requests[request_id] for request_id in prefill.aside]
         started = {r.request_id: r.num_output_tokens for r in (*self.running, *aside) if r.num_output_tokens}
@@ -128,20 +130,22 @@ class _Elastic(Scheduler):
         if len(self.running) >= self.max_num_active_reqs or self.pause_state is not PauseState.UNPAUSED:
             newcomer = None  # it does not wait for memory
         line = Line(
-            free_blocks=self._kv.free_blocks - self._running_blocks_ahead(),
+            free_blocks=self._kv.free_blocks - running_ahead,
             newcomer=self._claim(newcomer) if newcomer is not None else None,
             aside=[self._claim(request) for request in aside],
             movable=[
                 Claim(request.request_id, -(-request.num_computed_tokens // self._kv_groups[0].block_tokens))
-                for request in reversed(self.running)
+                for request in reversed(self.running if newcomer is not None else [])
                 if request.num_output_tokens and prefill.may_move(request.request_id)
             ],
             running=bool(self.running),
         )
-        for request_id in prefill.decide(line):
+        displaced = prefill.decide(line)
+        for request_id in displaced:
             preempt(self, self.requests[request_id])
         self._kv.row.set(EngineWord.HOST_LOGICAL_BYTES, prefill.logical_blocks * self._kv.block_bytes)
         self._kv.row.set(EngineWord.SET_ASIDE, prefill.displaced)
+        return len(displaced)
 
     def _claim(self, request: Request) -> Claim:
         """What a waiting request needs to start or to go on."""

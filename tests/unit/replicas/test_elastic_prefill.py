@@ -21,13 +21,13 @@ def line(
 
 def test_a_prompt_that_fits_moves_nobody() -> None:
     choice = choose(line(free=5, newcomer=5, movable=(4,)), logical_blocks=100)
-    assert (list(choice.displace), choice.admit) == ([], True)
+    assert (list(choice.displace), choice.admit) == ([], "new")
 
 
 def test_the_last_admitted_make_way() -> None:
     """As few as the prompt needs, those admitted last first."""
     choice = choose(line(free=1, newcomer=6, movable=(2, 3, 4)), logical_blocks=100)
-    assert (list(choice.displace), choice.admit) == (["run0", "run1"], True)
+    assert (list(choice.displace), choice.admit) == (["run0", "run1"], "new")
 
 
 def test_nobody_moves_where_it_does_not_help() -> None:
@@ -42,15 +42,15 @@ def test_newcomers_go_first_up_to_the_logical_size_and_then_wait() -> None:
     aside takes it, and the prompt waits although it would fit."""
     place = line(free=4, newcomer=4, aside=(4, 4))
     early = choose(place, logical_blocks=12)
-    assert (list(early.resume), early.admit) == ([], True)
+    assert (list(early.resume), early.admit) == ([], "new")
     late = choose(place, logical_blocks=11)
-    assert (list(late.resume), late.admit) == (["aside0"], False)
+    assert (list(late.resume), late.admit) == (["aside0"], None)
 
 
 def test_the_oldest_is_not_overtaken() -> None:
     """One that was set aside and does not fit yet is not passed by smaller ones behind it, nor by prompts."""
     choice = choose(line(free=4, newcomer=2, aside=(6, 1)), logical_blocks=8)
-    assert (list(choice.resume), choice.admit) == ([], False)
+    assert (list(choice.resume), choice.admit) == ([], None)
 
 
 def test_somebody_always_runs() -> None:
