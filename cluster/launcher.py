@@ -99,7 +99,7 @@ class LocalCluster:
             with self._stage("ready") as say:
                 for model in self.config.models:
                     say(f"{model.name} answers: {answer_once(self.url, model.name)!r}")
-        except BaseException:
+        except BaseException:  # Ctrl-C too
             self.stop()
             raise
 
