@@ -67,7 +67,13 @@ def test_killed_replica(cluster: str, model: str) -> None:
         lines = httpx.get(f"{cluster}/metrics", trust_env=False).text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
 
+    def reported() -> list[int]:
+        """Requests of each replica, as the router reads them: for a moment after they have ended, too."""
+        (node,) = httpx.get(f"{cluster}/ellm/status", trust_env=False).json()["nodes"]
+        return [replica["running"] + replica["waiting"] for replica in node["devices"][0]["replicas"]]
+
     until(lambda: metric("ellm_replicas_reachable") == 2, "both replicas answer")
+    until(lambda: reported() == [0, 0], "the router knows that both are idle")
     victim = engine_replicas()[0]
     engine = victim.children(recursive=True)
     assert len(engine) >= 2, "an engine core and a worker"
