@@ -143,7 +143,7 @@ class MemoryConfig(_Section):
     longest request of each needs, at least 1GiB, if free."""
     activations: bool = False
     """true: activations count against the budget too. A step computes as many tokens as their activations fit, and
-    gives their memory back at once, which costs a fifth of the speed. Experimental."""
+    where the budget is tight gives their memory back at once. Experimental."""
     host_buffer: Size = None
     """Bytes of host memory, beside the budget, in which each elastic replica keeps KV blocks that left the budget, to
     load them instead of computing them again. It also lets it compute prompts before there is memory to decode them.

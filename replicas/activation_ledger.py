@@ -1,7 +1,8 @@
 """What the activations of an engine's steps cost its lease, and how many tokens of a step the lease allows.
 
 A step has two peaks: the forward, by its tokens, and the logits, by the requests that sample (rows). They do not
-overlap, so a step costs the larger one. On top comes what earlier steps have left that could not be given back.
+overlap, so a step costs the larger one. On top comes what earlier steps have left that could not be given back, and
+what the heap may keep of what they freed, where the lease has room for it.
 """
 
 from collections.abc import Callable
@@ -12,21 +13,37 @@ from replicas.activation_profile import ActivationProfile
 
 @dataclass(frozen=True)
 class ActivationSample:
-    """What one step took on one worker: its tokens, the requests in it, the peak on top of what it found, and what is
-    held after it since the last rest."""
+    """What one step took on one worker.
+
+    Attributes:
+        tokens, rows: of the step; rows are its requests.
+        peak_bytes: on top of what it found; None where it found memory to reuse.
+        left_bytes: what steps since the last rest have left for good; kept_bytes: what the heap keeps to be reused.
+    """
 
     tokens: int
     rows: int
-    peak_bytes: int
-    held_bytes: int
+    peak_bytes: int | None
+    left_bytes: int
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class StepAllowance:
-    """How the next step may run: at most so many tokens, which take at most so many bytes."""
+    """How the next step may run: at most so many tokens, which take at most so many bytes. ``keep_bytes`` of these are
+    for what the heap may keep of what steps free."""
 
     tokens: int
     charged_bytes: int
+    keep_bytes: int = 0
+
+    def keeping(self, keep_bytes: int) -> "StepAllowance":
+        """The same step, with so many bytes for the heap to keep."""
+        return StepAllowance(self.tokens, self.charged_bytes - self.keep_bytes + keep_bytes, keep_bytes)
+
+
+_KEEP_FROM, _KEEP_WHILE = 4, 2
+"""Steps whose activations the heap must be able to keep before it begins to keep any, and from then on."""
 
 
 class ActivationLedger:
@@ -41,14 +58,19 @@ class ActivationLedger:
         self._forward = ActivationProfile(token_bytes)
         self._logits = ActivationProfile(row_bytes)
         self._ranks = ranks
-        self._expected = 0
-        self.held_bytes = 0
+        self._expected = self._left = self._kept = 0
+        self.keep_bytes = 0
+        """What the heaps may keep of what steps free, since the newest step."""
+
+    @property
+    def held_bytes(self) -> int:
         """Measured after the last step that was reported; on the worker that reported last, times the ranks."""
+        return self._left + self._kept
 
     @property
     def charged_bytes(self) -> int:
         """What the newest step can hold."""
-        return self.held_bytes + self._expected
+        return self._left + self._expected + self.keep_bytes
 
     def bytes_for(self, tokens: int, rows: int) -> int:
         """Upper estimate for a step."""
@@ -62,11 +84,21 @@ class ActivationLedger:
         low, high = least, max(least, most)
         while low < high:
             middle = (low + high + 1) // 2
-            if self.held_bytes + self.bytes_for(middle, rows) <= room(middle):
+            if self._left + self.bytes_for(middle, rows) <= room(middle):
                 low = middle
             else:
                 high = middle - 1
-        return StepAllowance(low, self.held_bytes + self.bytes_for(low, rows))
+        return StepAllowance(low, self._left + self.bytes_for(low, rows))
+
+    def keep_in(self, slack_bytes: int, tokens: int, rows: int) -> int:
+        """Of ``slack_bytes`` of the lease that nothing else wants now, what the heaps may keep beside steps of
+        ``tokens`` of ``rows`` requests: half, or nothing where that is little, or where no step so large was measured
+        yet."""
+        if tokens > self._forward.largest_tokens or rows > self._logits.largest_tokens:
+            return 0
+        keep = slack_bytes // 2
+        steps = _KEEP_WHILE if self.keep_bytes else _KEEP_FROM
+        return keep if keep >= steps * self.bytes_for(tokens, rows) else 0
 
     def on_step(self, tokens: int, rows: int) -> None:
         """A step was scheduled."""
@@ -74,11 +106,13 @@ class ActivationLedger:
 
     def on_rest(self) -> None:
         """No step runs, and the next one starts with trimmed heaps."""
-        self.held_bytes = self._expected = 0
+        self._left = self._kept = self._expected = self.keep_bytes = 0
 
     def observe(self, sample: ActivationSample) -> None:
         """Learn from a step. Its peak belongs to the curve that expected more; decodes alone are all logits."""
-        self.held_bytes = self._ranks * sample.held_bytes
+        self._left, self._kept = self._ranks * sample.left_bytes, self._ranks * sample.kept_bytes
+        if sample.peak_bytes is None:
+            return
         expected_logits = self._logits.bytes_for(sample.rows)
         if sample.rows and (sample.tokens == sample.rows or self._forward.bytes_for(sample.tokens) < expected_logits):
             self._logits.observe(sample.rows, sample.peak_bytes)

@@ -90,7 +90,7 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         earlier steps have finished, because a worker runs its steps in order."""
         assert isinstance(kv_connector_metadata, KvMoves)
         moves = kv_connector_metadata
-        self._samples = self._activations.finish_step()
+        self._samples = self._activations.finish_step(moves.keep_bytes)
         if moves.rest:
             self._activations.rest()
         if self._copies is not None:

@@ -148,7 +148,9 @@ class ElasticKv:
             self._preempt_until_it_fits(demand.blocks_returning, preempt)
         if demand.busy:
             self._cut_activations(lease.limit_bytes, demand)
-        self._rest_now = not demand.busy and self._heaps_used and (self._plan.shrink > 0 or self._is_idle(now))
+            self.activations.keep_bytes = self._allowance.keep_bytes
+        over = self._kv_bytes() + self._activation_bytes > lease.limit_bytes
+        self._rest_now = not demand.busy and self._heaps_used and (over or self._plan.shrink > 0 or self._is_idle(now))
         if self._rest_now:
             self._heaps_used = False
             self.activations.on_rest()
@@ -164,6 +166,7 @@ class ElasticKv:
             check=self._extents_to_check() if self._idle_shrink else None,
             map=self.parking.begin_map(min(grow, self._soft_limit - self._committed)),
             rest=self._rest_now,
+            keep_bytes=self.activations.keep_bytes // self._ranks,
             tokens=tokens,
             rows=rows,
         )
@@ -266,8 +269,12 @@ class ElasticKv:
             needed = min(demand.blocks_wanted, blocks_within(self._groups, tokens, demand.rows))
             return limit_bytes - self._extents_for(needed) * self._extent_bytes
 
-        self._allowance = self.activations.allow(room, least, most, demand.rows)
-        if self._allowance.tokens > least:
+        allowance = self.activations.allow(room, least, most, demand.rows)
+        kv_bytes = max(self._wanted, self._committed) * self._extent_bytes
+        slack_bytes = limit_bytes - kv_bytes - allowance.charged_bytes
+        keep_bytes = self.activations.keep_in(slack_bytes, allowance.tokens, demand.rows)
+        self._allowance = allowance.keeping(keep_bytes)
+        if self._allowance.tokens > least or keep_bytes:
             left = (limit_bytes - self._allowance.charged_bytes) // self._extent_bytes
             self._soft_limit = min(self._limit, max(left, self._rest))
 
@@ -275,8 +282,10 @@ class ElasticKv:
         """Where blocks in use have kept more KV memory mapped than planned, the step gets fewer tokens."""
         if self._settings.charge_activations:
             room = limit_bytes - self._kv_bytes()
-            most = self._allowance.tokens
-            self._allowance = self.activations.allow(lambda _: room, demand.tokens_least, most, demand.rows)
+            planned = self._allowance
+            allowance = self.activations.allow(lambda _: room, demand.tokens_least, planned.tokens, demand.rows)
+            keep_bytes = min(planned.keep_bytes, max(0, room - allowance.charged_bytes))
+            self._allowance = allowance.keeping(keep_bytes)
 
     def _extents_for(self, more_blocks: int) -> int:
         """Extents that hold the blocks in use, the null block and so many more."""

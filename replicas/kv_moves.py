@@ -22,15 +22,16 @@ from replicas.host_moves import HostReport, HostWork
 class KvMoves(KVConnectorMetadata):
     """Extents to unmap and then to map. ``sequence`` is 0 for a step that neither moves any nor rests.
 
-    ``rest`` gives the memory of past activations back. ``tokens`` and ``rows`` are those of the step. ``check``, where
-    there is one, asks every worker to check its books after the move: so many extents must be mapped then. ``host``:
-    copies to and from the host buffer.
+    ``rest`` gives the memory of past activations back; of what later steps free ``keep_bytes`` may stay. ``tokens`` and
+    ``rows`` are those of the step. ``check``, where there is one, asks every worker to check its books after the move:
+    so many extents must be mapped then. ``host``: copies to and from the host buffer.
     """
 
     sequence: int = 0
     unmap: list[int] = field(default_factory=list)
     map: list[int] = field(default_factory=list)
     rest: bool = False
+    keep_bytes: int = 0
     tokens: int = 0
     rows: int = 0
     check: int | None = None

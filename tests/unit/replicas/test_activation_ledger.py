@@ -52,6 +52,28 @@ def test_what_steps_leave_is_charged_until_the_engine_rests() -> None:
     assert one.charged_bytes == 0
 
 
+def test_heaps_keep_what_nothing_else_wants() -> None:
+    """Half of it, from four steps' worth on; while they keep some, down to two; nothing beside a step that is larger
+    than all that were measured. What they may keep is charged, and what
+    they do keep is seen, until the engine rests; a step that found memory to reuse teaches nothing."""
+    one = ledger()
+    one.observe(ActivationSample(1, 1, ROW, 0))
+    step = one.bytes_for(100, 1)
+    assert one.keep_in(7 * step, 100, 1) == 0
+    one.keep_bytes = one.keep_in(8 * step, 100, 1)
+    assert one.keep_bytes == 4 * step
+    assert one.keep_in(4 * step, 100, 1) == 2 * step
+    assert one.keep_in(3 * step, 100, 1) == 0
+    assert one.keep_in(1 << 40, 1025, 1) == one.keep_in(1 << 40, 100, 2) == 0
+    one.on_step(100, 1)
+    assert one.charged_bytes == 5 * step
+    one.observe(ActivationSample(100, 1, None, 1000, kept_bytes=7000))
+    assert (one.held_bytes, one.charged_bytes) == (8000, 1000 + 5 * step)
+    assert one.bytes_for(100, 1) == step
+    one.on_rest()
+    assert (one.held_bytes, one.charged_bytes) == (0, 0)
+
+
 def test_decodes_teach_the_logits() -> None:
     """Many requests that sample can need more than their few tokens."""
     one = ledger()

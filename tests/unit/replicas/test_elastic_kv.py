@@ -23,6 +23,10 @@ from replicas.step_demand import StepDemand
 BLOCKS = 24
 PAGE = LIMIT_UNIT_BYTES
 TOKEN_BYTES = PAGE // 10
+MEASURED = [ActivationSample(rows, rows, TOKEN_BYTES, 0) for rows in (1, 2)] + [
+    ActivationSample(tokens, 1, tokens * TOKEN_BYTES, 0) for tokens in (8, 16)
+]
+"""Of small steps."""
 
 
 class World:
@@ -256,6 +260,39 @@ def test_free_blocks_make_room_for_the_tokens_of_a_step(tight: World) -> None:
     assert tight.kv.token_budget == 50
     assert len(moves.unmap) == 4  # of 11 mapped, 7 leave room for 50 tokens
     assert tight.committed_bytes <= 12 * tight.extent_bytes
+
+
+def test_heaps_keep_what_the_lease_has_to_spare(tight: World) -> None:
+    """Where KV memory, with what is cached, and the step leave much of the lease, workers need not give back what steps
+    free, once such steps were measured; where they do not, or a neighbour takes the bytes, they must. The lease holds
+    it all."""
+    tight.settle(wanted=3)
+    limit_bytes = 12 * tight.extent_bytes
+    assert not tight.step(tokens=8, least=4).keep_bytes
+    tight.kv.on_activations(MEASURED)
+    free = tight.step(tokens=8, least=4)
+    assert 3 * tight.extent_bytes < free.keep_bytes < 5 * tight.extent_bytes
+    assert not free.unmap
+    assert tight.committed_bytes <= limit_bytes
+    assert not tight.step(wanted=10, tokens=8, least=4).keep_bytes
+    tight.answer()
+    tight.settle()
+    tight.set_limit_extents(5)
+    assert not tight.step(tokens=8, least=4).keep_bytes
+    assert tight.committed_bytes <= limit_bytes
+
+
+def test_an_idle_engine_gives_up_what_its_heaps_keep(tight: World) -> None:
+    """As soon as its lease no longer holds it."""
+    tight.settle(wanted=3)
+    tight.kv.on_activations(MEASURED)
+    assert tight.step(tokens=8, least=4).keep_bytes
+    tight.requests.clear()
+    assert not tight.step().rest
+    tight.set_limit_extents(5)
+    assert tight.kv.has_work()
+    moves = tight.step()
+    assert (moves.rest, moves.keep_bytes) == (True, 0)
 
 
 def test_what_workers_measure_replaces_the_estimate(tight: World) -> None:
