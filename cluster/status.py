@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 _UNITS = ("B", "Ki", "Mi", "Gi", "Ti")
-_REPLICA_SIZES = ("used_bytes", "held_bytes_os", "limit_bytes", "ceiling_bytes", "host_bytes")
+_REPLICA_SIZES = ("used_bytes", "held_bytes_os", "limit_bytes", "host_bytes")
 _LEVEL_STYLE = {"NORMAL": "green", "ELEVATED": "yellow", "CRITICAL": "bold red"}
 
 
@@ -111,7 +111,7 @@ def _replica_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
         ("replica", "status"),
     )
     table.add_column("model", overflow="fold")
-    for column in ("used", "held", "limit", "ceil", "host", "use", "run", "wait", "pre", "aside", "moves"):
+    for column in ("used", "held", "limit", "host", "use", "run", "wait", "pre", "aside", "moves"):
         table.add_column(column, justify="right", no_wrap=True)
     for _, device in devices:
         for one in device["replicas"]:

@@ -64,8 +64,8 @@ def test_device_row_shows_memory_by_owner() -> None:
 
 
 def test_replica_row_shows_its_lease_and_work() -> None:
-    """Pressure, held bytes, limit, ceiling, usage and counts stand in the replica's row."""
-    expected = "abc12345 CRITICAL smol 20.0Mi 50.0Mi 512Mi 1.00Gi 8.00Mi 25% 2 3 4 5 17/16"
+    """Pressure, held bytes, limit, host buffer, usage and counts stand in the replica's row."""
+    expected = "abc12345 CRITICAL smol 20.0Mi 50.0Mi 512Mi 8.00Mi 25% 2 3 4 5 17/16"
     text = shown(snapshot(replica("app#model#abc12345", pressure="CRITICAL")))
     assert row_of(text, "abc12345") == expected.split()
 
