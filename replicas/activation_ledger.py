@@ -1,8 +1,9 @@
 """What the activations of an engine's steps cost its lease, and how many tokens of a step the lease allows.
 
 A step has two peaks: the forward, by its tokens, and the logits, by the requests that sample (rows). They do not
-overlap, so a step costs the larger one. On top comes what earlier steps have left that could not be given back, and
-what the heap may keep of what they freed, where the lease has room for it.
+overlap, so a step costs the larger one. On top comes what the heap may keep of what earlier steps freed, where the
+lease has room for it. What libraries keep for good, code and tables for each size of a step, is none of it: like the
+rest of the process it is outside the lease.
 """
 
 from collections.abc import Callable
@@ -18,14 +19,13 @@ class ActivationSample:
     Attributes:
         tokens, rows: of the step; rows are its requests.
         peak_bytes: on top of what it found; None where it found memory to reuse.
-        left_bytes: what steps since the last rest have left for good; kept_bytes: what the heap keeps to be reused.
+        kept_bytes: what the heap keeps after it, to be reused.
     """
 
     tokens: int
     rows: int
     peak_bytes: int | None
-    left_bytes: int
-    kept_bytes: int = 0
+    kept_bytes: int
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,16 @@ class ActivationLedger:
         self._forward = ActivationProfile(token_bytes)
         self._logits = ActivationProfile(row_bytes)
         self._ranks = ranks
-        self._expected = self._left = self._kept = 0
+        self._expected = 0
+        self.held_bytes = 0
+        """Kept after the last step that was reported; on the worker that reported last, times the ranks."""
         self.keep_bytes = 0
         """What the heaps may keep of what steps free, since the newest step."""
 
     @property
-    def held_bytes(self) -> int:
-        """Measured after the last step that was reported; on the worker that reported last, times the ranks."""
-        return self._left + self._kept
-
-    @property
     def charged_bytes(self) -> int:
         """What the newest step can hold."""
-        return self._left + self._expected + self.keep_bytes
+        return self._expected + self.keep_bytes
 
     def bytes_for(self, tokens: int, rows: int) -> int:
         """Upper estimate for a step."""
@@ -84,11 +81,11 @@ class ActivationLedger:
         low, high = least, max(least, most)
         while low < high:
             middle = (low + high + 1) // 2
-            if self._left + self.bytes_for(middle, rows) <= room(middle):
+            if self.bytes_for(middle, rows) <= room(middle):
                 low = middle
             else:
                 high = middle - 1
-        return StepAllowance(low, self._left + self.bytes_for(low, rows))
+        return StepAllowance(low, self.bytes_for(low, rows))
 
     def keep_in(self, slack_bytes: int, tokens: int, rows: int) -> int:
         """Of ``slack_bytes`` of the lease that nothing else wants now, what the heaps may keep beside steps of
@@ -106,11 +103,11 @@ class ActivationLedger:
 
     def on_rest(self) -> None:
         """No step runs, and the next one starts with trimmed heaps."""
-        self._left = self._kept = self._expected = self.keep_bytes = 0
+        self.held_bytes = self._expected = self.keep_bytes = 0
 
     def observe(self, sample: ActivationSample) -> None:
         """Learn from a step. Its peak belongs to the curve that expected more; decodes alone are all logits."""
-        self._left, self._kept = self._ranks * sample.left_bytes, self._ranks * sample.kept_bytes
+        self.held_bytes = self._ranks * sample.kept_bytes
         if sample.peak_bytes is None:
             return
         expected_logits = self._logits.bytes_for(sample.rows)

@@ -6,12 +6,16 @@ from replicas.activation_ledger import ActivationSample
 _LEFT_BYTES = 1 << 20
 """A step that may keep nothing and leaves more than this on the heap has it trimmed, so that the next one finds nothing
 there to reuse: it takes what it needs, and what is charged for it is what it takes."""
+_LASTING_BYTES = 512 << 10
+"""A step that leaves so much more than the one before was one of the first of its kind: libraries prepared something
+for good, which took a few times the memory of the step itself, and will not again."""
 
 
 class ActivationMeter:
     """Measures from the start of one step to the start of the next, so that sampling is part of the step.
 
-    Made before the first step, when weights are loaded: what the process holds then, or after a rest, is not counted.
+    Made before the first step, when weights are loaded. What the process holds then is not counted, nor what a trim of
+    the heap does not return.
 
     Args:
         charged: steps are charged for what they take. Otherwise the heap keeps all that they free, and nothing is
@@ -24,7 +28,6 @@ class ActivationMeter:
         keep_freed(self._keeping)
         self._probe = HeapProbe()
         self._tokens = self._rows = 0
-        self._rest_floor = self._probe.floor_bytes
         self._first = True
 
     def start_step(self, tokens: int, rows: int) -> None:
@@ -36,7 +39,8 @@ class ActivationMeter:
     def finish_step(self, keep_bytes: int = 0) -> list[ActivationSample]:
         """What the step that was started last took; nothing where none has run but the very first, or none is
         charged. From now on the heap may keep so much of what steps free, which is faster than giving every large
-        buffer back at once and takes a few times the memory: nothing can be learned from the peaks of such steps."""
+        buffer back at once and takes a few times the memory: such steps show no peak, nor do those that left something
+        for good."""
         tokens, self._tokens = self._tokens, 0
         if not self._charged:
             return []
@@ -53,18 +57,15 @@ class ActivationMeter:
             self._first = False
             self.rest()
             return []
-        use = self._probe.read()
-        kept = use.held_bytes
-        if kept > max(keep_bytes, _LEFT_BYTES):
+        floor_bytes, use = self._probe.floor_bytes, self._probe.read()
+        kept_bytes = use.held_bytes
+        if kept_bytes > max(keep_bytes, _LEFT_BYTES):
             self._probe.trim()
-            kept = 0
-        left = max(0, self._probe.floor_bytes - self._rest_floor)
-        peak = None if self._keeping else use.peak_bytes
-        if keep_bytes:
-            return [ActivationSample(tokens, self._rows, peak, left, kept)]
-        return [ActivationSample(tokens, self._rows, peak, left + kept)]
+            kept_bytes = 0
+        lasting = self._probe.floor_bytes - floor_bytes > _LASTING_BYTES
+        peak_bytes = None if self._keeping or lasting else use.peak_bytes
+        return [ActivationSample(tokens, self._rows, peak_bytes, kept_bytes)]
 
     def rest(self) -> None:
-        """Give back what past steps left; what cannot be given back is not counted as theirs any more."""
+        """Give back what past steps left."""
         self._probe.trim()
-        self._rest_floor = self._probe.floor_bytes

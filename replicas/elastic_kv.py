@@ -259,17 +259,25 @@ class ElasticKv:
 
     def _plan_activations(self, limit_bytes: int, demand: StepDemand) -> None:
         """The largest step whose KV memory and activations fit the lease together. KV memory that the step does not
-        need, kept for later steps and as prefix cache, gives way to its tokens; memory in use does not."""
+        need, kept for later steps and as prefix cache, gives way to its tokens; memory in use does not. Running
+        requests go first: where they can have as many tokens beside all of the first waiting prompt, it is let in."""
         least, most = demand.tokens_least, max(demand.tokens_least, demand.tokens_wanted)
         if not self._settings.charge_activations:
             self._allowance = StepAllowance(most, 0)
             return
 
-        def room(tokens: int) -> int:
-            needed = min(demand.blocks_wanted, blocks_within(self._groups, tokens, demand.rows))
-            return limit_bytes - self._extents_for(needed) * self._extent_bytes
+        def allow(kept_blocks: int, most: int) -> StepAllowance:
+            def room(tokens: int) -> int:
+                within = blocks_within(self._groups, tokens, demand.rows)
+                needed = max(kept_blocks, min(demand.blocks_wanted, within))
+                return limit_bytes - self._extents_for(needed) * self._extent_bytes
 
-        allowance = self.activations.allow(room, least, most, demand.rows)
+            return self.activations.allow(room, least, most, demand.rows)
+
+        allowance = allow(0, max(least, demand.tokens_running))
+        if self._extents_for(demand.blocks_first) <= self._limit:
+            with_first = allow(demand.blocks_first, most)
+            allowance = max(with_first, allowance, key=lambda one: one.tokens)
         kv_bytes = max(self._wanted, self._committed) * self._extent_bytes
         slack_bytes = limit_bytes - kv_bytes - allowance.charged_bytes
         keep_bytes = self.activations.keep_in(slack_bytes, allowance.tokens, demand.rows)

@@ -101,10 +101,13 @@ class _Elastic(Scheduler):
         # One more request like the largest running one can start without waiting a step for its memory.
         prompts = [blocks_ahead(self._kv_groups, request.num_prompt_tokens, 0, lookahead) for request in self.running]
         wanted = running_ahead + min(max(prompts, default=1), _MOST_RESERVE_BLOCKS)
-        tokens = sum(max(1, request.num_tokens - request.num_computed_tokens) for request in self.running)
+        tokens = tokens_running = sum(max(1, r.num_tokens - r.num_computed_tokens) for r in self.running)
         rows = len(self.running)
+        first = None
         for request in islice(self.waiting, max(0, self.max_num_active_reqs - rows)):
-            wanted += blocks_ahead(self._kv_groups, request.num_tokens, 0, lookahead)
+            blocks = blocks_ahead(self._kv_groups, request.num_tokens, 0, lookahead)
+            first = blocks if first is None else first
+            wanted += blocks
             tokens += request.num_tokens
             rows += 1
         running, waiting = self.get_request_counts()
@@ -112,7 +115,9 @@ class _Elastic(Scheduler):
             running=running,
             waiting=waiting,
             blocks_wanted=wanted,
+            blocks_first=running_ahead + (first or 0),
             tokens_wanted=min(tokens, self._token_bound),
+            tokens_running=min(tokens_running, self._token_bound),
             tokens_least=self._least_tokens,
             rows=rows,
             blocks_returning=returning_blocks(self),

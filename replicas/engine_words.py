@@ -63,7 +63,7 @@ class EngineWords:
         row.set(EngineWord.BLOCK_TOKENS, block_tokens)
         row.set(EngineWord.BLOCKS_CEILING, blocks_ceiling)
         row.set(EngineWord.REST_BYTES, rest_bytes)
-        self.hold([Holding(rest_bytes, 0)], left_bytes=0)
+        self.hold([Holding(rest_bytes, 0)], kept_bytes=0)
         self.begin_step(NOTHING, books, row.lease.revision)
         row.set(EngineWord.PID, os.getpid())
 
@@ -83,13 +83,13 @@ class EngineWords:
         row.set(EngineWord.HEARTBEAT_NS, time.monotonic_ns())
         row.set(EngineWord.APPLIED_REVISION, revision)
 
-    def hold(self, moments: Iterable[Holding], left_bytes: int) -> None:
+    def hold(self, moments: Iterable[Holding], kept_bytes: int) -> None:
         """The most that can be held until the newest step has run, which is that of the fullest of ``moments``; of it
-        ``left_bytes`` are activations that past steps left. A worker unmaps before it maps and before the forward, so
-        the activations of a step and the memory that made room for them are never held together."""
+        ``kept_bytes`` are those of activations that heaps keep. A worker unmaps before it maps and before the forward,
+        so the activations of a step and the memory that made room for them are never held together."""
         most = max(moments, key=sum)
         self._row.set(EngineWord.ACTIVATION_BYTES, most.activation_bytes)
-        self._row.set(EngineWord.ACTIVATION_HELD_BYTES, left_bytes)
+        self._row.set(EngineWord.ACTIVATION_HELD_BYTES, kept_bytes)
         self._row.set(EngineWord.COMMITTED_BYTES, sum(most))
 
     def count_unmapped(self, moved_bytes: int) -> None:

@@ -9,8 +9,10 @@ class StepDemand:
 
     Attributes:
         running, waiting: requests; blocks_wanted: KV blocks beyond those referenced now that they could use.
+        blocks_first: of blocks_wanted, those of running requests and of the first waiting one, which vLLM admits only
+            where its whole prompt fits.
         tokens_wanted, tokens_least: tokens that the step could compute, and those it must be able to: a decode of
-            each of the most requests that can run.
+            each of the most requests that can run; tokens_running: those of running requests.
         rows: most requests that the step can sample for.
         blocks_returning: referenced blocks that become free when steps in flight have finished.
         preemptions: since start.
@@ -19,7 +21,9 @@ class StepDemand:
     running: int
     waiting: int
     blocks_wanted: int
+    blocks_first: int
     tokens_wanted: int
+    tokens_running: int
     tokens_least: int
     rows: int
     blocks_returning: int
@@ -31,6 +35,15 @@ class StepDemand:
 
 
 NOTHING = StepDemand(
-    running=0, waiting=0, blocks_wanted=0, tokens_wanted=0, tokens_least=0, rows=0, blocks_returning=0, preemptions=0
+    running=0,
+    waiting=0,
+    blocks_wanted=0,
+    blocks_first=0,
+    tokens_wanted=0,
+    tokens_running=0,
+    tokens_least=0,
+    rows=0,
+    blocks_returning=0,
+    preemptions=0,
 )
 """No request is there."""

@@ -1,8 +1,10 @@
 """The first steps of a new engine whose activations are charged: they measure them before users come."""
 
+import asyncio
+import itertools
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
@@ -10,26 +12,29 @@ from vllm.v1.engine import EngineCoreRequest
 from replicas.engine_host import EngineHost
 from replicas.hop import HopCodec
 
-WARM_UP_TOKENS = (16, 64, 512)
-"""Prompts of the warm-up, one step each: the first step of a process is not learned (see ActivationMeter), the line
-goes through the other two. Larger steps are measured as they come."""
+_SIZES = (16, 16, 16, 64, 64, 512, 512)
+"""Prompts, one step each: the first step of a process and the first one of its kind are not learned (ActivationMeter).
+Larger ones are measured as they come."""
+_ROWS = 32
+"""Requests that decode together."""
+_DECODES = 6
 
 
-async def warm_up(engine: EngineHost, sizes: Sequence[int] = WARM_UP_TOKENS) -> None:
-    """Compute one prompt of each size, as far as the engine's limits allow it, and a token. The engine's pump must be
-    running. Raises EngineDeadError where the engine dies."""
+async def warm_up(engine: EngineHost) -> None:
+    """Compute prompts of several sizes, and then many that decode together, as far as the engine's limits allow it. The
+    engine's pump must be running. Raises EngineDeadError where the engine dies."""
     if "generate" not in await engine.supported_tasks():
         return
-    model = engine.config.model_config
-    most = min(model.max_model_len - 1, engine.config.scheduler_config.max_num_batched_tokens)
-    ids = random.Random(0)
-    codec = HopCodec()
-    for size in sorted({min(size, most) for size in sizes}):
+    model, scheduler = engine.config.model_config, engine.config.scheduler_config
+    most = min(model.max_model_len - _DECODES, scheduler.max_num_batched_tokens)
+    codec, numbers = HopCodec(), itertools.count()
+
+    async def generate(prompt: Sequence[int], tokens: int) -> None:
         request = EngineCoreRequest(
-            request_id=f"warm-up-{size}",
-            prompt_token_ids=[ids.randrange(model.get_vocab_size()) for _ in range(size)],
+            request_id=f"warm-up-{next(numbers)}",
+            prompt_token_ids=list(prompt),
             mm_features=None,
-            sampling_params=SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True),
+            sampling_params=SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True),
             pooling_params=None,
             arrival_time=time.time(),
             lora_request=None,
@@ -38,3 +43,25 @@ async def warm_up(engine: EngineHost, sizes: Sequence[int] = WARM_UP_TOKENS) -> 
         )
         async for _ in engine.generate(codec.encode_request(request)):
             pass
+
+    await compute(generate, model.get_vocab_size(), most, scheduler.max_num_seqs)
+
+
+async def compute(
+    generate: Callable[[Sequence[int], int], Awaitable[object]], vocabulary: int, most_tokens: int, most_rows: int
+) -> None:
+    """The prompts of a warm-up. No two begin alike, so none is found in a prefix cache.
+
+    Args:
+        generate: takes a prompt and how many tokens to answer.
+        most_tokens: of a prompt; most_rows: of requests at once.
+    """
+    ids = random.Random(0)
+
+    def prompt(size: int) -> list[int]:
+        return [ids.randrange(vocabulary) for _ in range(min(size, most_tokens))]
+
+    for size in _SIZES:
+        await generate(prompt(size), 1)
+    for rows in (1, min(_ROWS, most_rows)):
+        await asyncio.gather(*(generate(prompt(_SIZES[0]), _DECODES) for _ in range(rows)))

@@ -67,6 +67,11 @@ class Speed:
     row_s: float
     context_s: float
 
+    @property
+    def fastest_step(self) -> int:
+        """Tokens of a step with which a prompt is computed first."""
+        return min(self.prefill_s, key=self.prefill_s.__getitem__)
+
     def decode_step_s(self, batch: int, context: float) -> float:
         """Seconds of a step that decodes ``batch`` requests, each with ``context`` tokens so far."""
         return self.step_s + batch * (self.row_s + context * self.context_s)

@@ -8,7 +8,6 @@ from benchmarks.elastic.race import SHARING, Racer
 from benchmarks.elastic.variants import BLOCK_TOKENS, block_bytes, longest_blocks, static_spec
 from cluster.bench.workload import random_workload
 from cluster.models import ModelFacts
-from memory_agent.lease_board import ReplicaWord
 from replicas.environment import environment
 from replicas.local_engine import local_engine
 
@@ -58,10 +57,7 @@ async def measure_speed(racer: Racer, job: Job, steps: Sequence[int], batches: S
 
 async def _prefill_s(racer: Racer, prompt: list[int], step: int) -> float:
     """Seconds of ``prompt`` with at most ``step`` tokens a step; it must not be cached."""
-    row = racer.engine.row
-    assert row is not None
-    row.set(ReplicaWord.TOKEN_BUDGET_MAX, step)
-    row.set(ReplicaWord.TARGET_REVISION, row.get(ReplicaWord.TARGET_REVISION) + 1)
+    racer.bound_steps(step)
     started_s = racer.player.clock.now()
     await racer.engine.generate(prompt, 1, f"prefill-{step}")
     return racer.player.clock.now() - started_s

@@ -88,7 +88,8 @@ class Contest:
 
 @asynccontextmanager
 async def contest(setting: Setting, folder: Path) -> AsyncIterator[Contest]:
-    """Measure memory and speed, tune B, start all variants, tighten the elastic ones' lease to the device."""
+    """Measure memory and speed, tune B, start all variants, tighten the elastic ones' lease to the device; they need not
+    take small steps to save memory, and take the fastest."""
     longest = setting.max_model_len
     facts = model_facts(longest)
     memory = await measure_memory(facts)
@@ -103,6 +104,7 @@ async def contest(setting: Setting, folder: Path) -> AsyncIterator[Contest]:
         others = static_variants(facts, seqs, memory, device, chunk) | host_variants(facts, seqs, memory, device, chunk)
         async with racers(others, folder) as field:
             for one in (ours["elastic"], field["both"]):
+                one.bound_steps(speed.fastest_step)
                 await one.lease(device_bytes)
             yield Contest(setting, memory, speed, device, chunk, held, field | ours)
 

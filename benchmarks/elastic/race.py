@@ -1,6 +1,7 @@
 """Starts the variants of a scenario side by side, each ready to run in its turns."""
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+import itertools
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,15 @@ from benchmarks.overhead import shrink_to
 from cluster.bench.arrivals import Arrivals
 from cluster.bench.load import run_load
 from cluster.bench.report import LoadReport, Slo
-from cluster.bench.workload import Workload, random_workload
+from cluster.bench.workload import Workload
+from memory_agent.lease_board import ReplicaWord
 from replicas.local_engine import Instruments, LocalEngine, local_engine
 from replicas.spec import EngineSpec
-from replicas.warm_up import WARM_UP_TOKENS
+from replicas.warm_up import compute
 
 SHARING = 2
 """Racers compute as if so many engines shared the cores. With a thread on every core, one that loses its core to
 another program holds up all others in every layer, and figures follow the neighbours instead of the engine."""
-_WARM_UP_SEED = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,13 @@ class Racer:
     player: Player
     times: Path | None
     """Where the scheduler writes its SchedulerTimes, if it is timed."""
+
+    def bound_steps(self, tokens: int) -> None:
+        """At most so many tokens a step of an elastic engine, from the next one on."""
+        row = self.engine.row
+        assert row is not None
+        row.set(ReplicaWord.TOKEN_BUDGET_MAX, tokens)
+        row.set(ReplicaWord.TARGET_REVISION, row.get(ReplicaWord.TARGET_REVISION) + 1)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -93,6 +101,12 @@ async def race(
 
 async def warm_up(engine: LocalEngine) -> None:
     """The first steps of a process are slow, and those of an elastic engine teach it what activations cost."""
-    for tokens in WARM_UP_TOKENS:
-        (request,) = random_workload(1, input_len=tokens, output_len=1, seed=_WARM_UP_SEED).requests
-        await engine.generate([int(token) for token in request.prompt], 4, f"warm-up-{tokens}")
+    config = engine.llm.vllm_config
+    numbers = itertools.count()
+
+    async def generate(prompt: Sequence[int], tokens: int) -> None:
+        await engine.generate(prompt, tokens, f"warm-up-{next(numbers)}")
+
+    model, scheduler = config.model_config, config.scheduler_config
+    most = scheduler.max_num_batched_tokens
+    await compute(generate, model.get_vocab_size(), min(model.max_model_len // 2, most), scheduler.max_num_seqs)

@@ -67,13 +67,16 @@ class World:
         row = self.board.row(0)
         row.set(AgentWord.LEASE, Lease(extents * self.extent_bytes, row.lease.revision + 1).pack())
 
-    def step(self, wanted: int = 0, tokens: int = 0, least: int = 0) -> KvMoves:
+    def step(self, wanted: int = 0, tokens: int = 0, least: int = 0, first: int = 0) -> KvMoves:
+        """``wanted`` KV blocks, of which ``first`` are those of the first waiting request, as are all ``tokens``."""
         running = len(self.requests)
         demand = StepDemand(
             running=running,
             waiting=0,
             blocks_wanted=wanted,
+            blocks_first=first,
             tokens_wanted=tokens,
+            tokens_running=0,
             tokens_least=least,
             rows=running,
             blocks_returning=0,
@@ -250,6 +253,17 @@ def test_a_step_gets_the_tokens_that_kv_memory_leaves_room_for(tight: World) -> 
     tight.step(wanted=10, tokens=1000, least=4)
     assert tight.kv.token_budget == 4
     assert tight.committed_bytes <= 12 * tight.extent_bytes
+
+
+def test_a_step_leaves_the_blocks_of_the_first_waiting_prompt(tight: World) -> None:
+    """It is admitted only where all of it fits: its tokens must not take the room of its own later blocks. Where it
+    cannot fit the step has no use for its tokens."""
+    tight.settle(wanted=10)
+    tight.requests = [tight.pool.get_new_blocks(3)]
+    tight.step(wanted=20, tokens=1000, least=4, first=6)
+    assert 14 <= tight.kv.token_budget <= 20
+    tight.step(wanted=20, tokens=1000, least=4, first=9)
+    assert tight.kv.token_budget == 4
 
 
 def test_free_blocks_make_room_for_the_tokens_of_a_step(tight: World) -> None:
