@@ -101,9 +101,13 @@ def _slo(found: Contest) -> Slo:
 
 def _servers(found: Contest) -> dict[str, Server]:
     """Each variant as the forecast sees it."""
+    steps = dict.fromkeys(("B", "C", "host"), found.chunk) | dict.fromkeys(
+        ("elastic", "both"), found.speed.fastest_step
+    )
+    steps["A"] = SETTING.max_model_len
     servers = {}
     for name, (device_bytes, step) in SETTING.room(found.device, found.chunk).items():
-        prefill = found.speed.prefill_s[found.chunk if name in ("B", "C", "host") else SETTING.max_model_len]
+        prefill = found.speed.prefill_s[steps[name]]
         servers[name] = Server(
             blocks=found.memory.blocks(device_bytes, step) - 1,
             seqs=SETTING.max_num_seqs,

@@ -88,8 +88,8 @@ class Contest:
 
 @asynccontextmanager
 async def contest(setting: Setting, folder: Path) -> AsyncIterator[Contest]:
-    """Measure memory and speed, tune B, start all variants, tighten the elastic ones' lease to the device; they need not
-    take small steps to save memory, and take the fastest."""
+    """Measure memory and speed, tune B, start all variants, tighten the elastic ones' lease to the device. Their steps
+    are bound by what is fastest; memory bounds them as they run."""
     longest = setting.max_model_len
     facts = model_facts(longest)
     memory = await measure_memory(facts)
