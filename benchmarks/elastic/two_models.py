@@ -22,32 +22,36 @@ from benchmarks.elastic.forecast import Server, forecast
 from benchmarks.elastic.outcome import Outcome, Panel
 from benchmarks.elastic.race import SHARING, racer, warm_up
 from benchmarks.elastic.turns import Player, TurnClock, in_turns
-from benchmarks.elastic.variants import MIB, block_bytes, elastic_spec, longest_blocks, model_facts, static_spec
+from benchmarks.elastic.variants import MIB, elastic_spec, longest_blocks, model_facts, static_spec
 from cluster.bench.arrivals import Replay, due_times
 from cluster.bench.load import run_load
 from cluster.bench.report import LoadReport, RequestRecord
 from cluster.bench.workload import Workload, random_workload
-from memory_agent.lease_board import EngineWord
+from memory_agent.lease_board import LIMIT_UNIT_BYTES, EngineWord
 from memory_agent.tenant import EngineTerms
 from replicas.lease_watch import WakePolicy, watch_lease
 from replicas.local_agent import LocalAgent, local_agent
 from replicas.local_engine import LocalEngine, local_engine, local_engine_at
 from replicas.spec import EngineSpec
 
-MAX_MODEL_LEN = 1024
-MAX_NUM_SEQS = 16
+MAX_MODEL_LEN = 512
+MAX_NUM_SEQS = 8
 CHUNKS = (128, 256, 512)
-BURST = Job(requests=8, prompt=48, output=200)
-BURSTS = 3
+BURST = Job(requests=6, prompt=140, output=360)
+BURSTS = 2
 """Of each model, in turn."""
+DEVICE_OVER_GUARANTEES = 2
+"""What is guaranteed to a model is not lent to the other one; half of the device is guaranteed to nobody."""
 SEED = 41
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Device bytes, and how the split one is used: the step size and KV blocks of each half."""
+    """Device bytes, those guaranteed to each model, and how the split device is used: the step size and KV blocks of
+    each half."""
 
     device_bytes: int
+    promised_bytes: int
     chunk: int
     half_blocks: int
 
@@ -56,11 +60,12 @@ async def run(folder: Path) -> Outcome:
     """Calibrate, print the bound, run both devices in turns. ``folder``: for lease boards."""
     facts = model_facts(MAX_MODEL_LEN)
     memory = await measure_memory(facts)
-    half_bytes = memory.activation_bytes(CHUNKS[1]) + longest_blocks(MAX_MODEL_LEN) * block_bytes(facts)
+    promised_bytes = elastic_spec(facts, MAX_NUM_SEQS, 0, MAX_MODEL_LEN).guarantee_bytes
+    half_bytes = DEVICE_OVER_GUARANTEES * -(-promised_bytes // LIMIT_UNIT_BYTES) * LIMIT_UNIT_BYTES
     async with racer("calibration", elastic_spec(facts, MAX_NUM_SEQS, 8 * half_bytes, MAX_MODEL_LEN), folder) as one:
         speed = await measure_speed(one, BURST, CHUNKS, (1, 8))
     chunk = best_chunk(BURST, half_bytes, memory, speed, longest_blocks(MAX_MODEL_LEN))
-    plan = Plan(2 * half_bytes, chunk, memory.blocks(half_bytes, chunk))
+    plan = Plan(2 * half_bytes, promised_bytes, chunk, memory.blocks(half_bytes, chunk))
     gap_s = _gap_s(plan, memory, speed)
     works = [_work(gap_s, BURSTS, SEED + model) for model in range(2)]
     bound = _bound(plan, memory, speed, works[0])
@@ -121,11 +126,10 @@ def _half(plan: Plan, memory: Memory, speed: Speed) -> Server:
 
 
 def _bound(plan: Plan, memory: Memory, speed: Speed, work: Workload) -> dict[str, float]:
-    """TTFT p99 where each model has its half, and where the one with a burst has all that the other does not keep at
-    rest. The bursts do not overlap, so one model is forecast for both."""
+    """TTFT p99 where each model has its half, and where the one with a burst has all that is not guaranteed to the
+    other. The bursts do not overlap, so one model is forecast for both."""
     half = _half(plan, memory, speed)
-    rest = 2 * memory.block_bytes
-    shared = replace(half, blocks=memory.blocks(plan.device_bytes - rest, MAX_NUM_SEQS) - 1)
+    shared = replace(half, blocks=memory.blocks(plan.device_bytes - plan.promised_bytes, MAX_NUM_SEQS) - 1)
     dues = due_times(Replay(), work.requests, SEED)
     return {
         name: _ttft_p99_s(forecast(server, work.requests, dues))
