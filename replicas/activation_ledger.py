@@ -18,7 +18,7 @@ class ActivationSample:
 
     Attributes:
         tokens, rows: of the step; rows are its requests.
-        peak_bytes: on top of what it found; None where it found memory to reuse.
+        peak_bytes: on top of what it found; None where it found memory to reuse, or something was left for good.
         kept_bytes: what the heap keeps after it, to be reused.
     """
 
