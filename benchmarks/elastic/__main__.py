@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.elastic import bursts, idle, long_inputs, no_pressure, two_models
 from benchmarks.elastic.outcome import Outcome, draw, headline_line, save
+from replicas.environment import environment
 
 Scenario = Callable[[Path], Awaitable[Outcome]]
 SCENARIOS: Mapping[str, Scenario] = {
@@ -28,7 +29,7 @@ async def run(scenarios: Mapping[str, Scenario]) -> dict[str, Outcome]:
     outcomes = {}
     for name, scenario in scenarios.items():
         print(f"== {name}", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, environment({"VLLM_RPC_BASE_PATH": folder}):  # for its sockets
             one = outcomes[name] = await scenario(Path(folder))
         save({name: one})
         for key, share in one.reached.items():
