@@ -2,21 +2,24 @@
 
     newcomer  --prefill, first token-->  running  --set aside, KV to the host buffer-->  set aside  --loaded-->  running
 
-When the first waiting prompt does not fit, running requests that already have a token are set aside for it, the one
-that was admitted last first, each at most once. Their blocks go to the host buffer when others need the memory, and are
-loaded when memory is free again. How many blocks may be set aside is the logical size: it doubles when first tokens are
-late and halves when the tokens after them are.
+When the first waiting prompt does not fit, running requests that already have a token are set aside for it: those that
+can wait longest within their objective for the tokens after the first. Their blocks go to the host buffer when others
+need the memory, and are loaded when memory is free again. How many blocks may be set aside is the logical size: it
+doubles when first tokens are late and halves when the tokens after them are.
 
 Pure: no clock, no vLLM.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from memory_agent.logical_size import LogicalSize, SloSample
+from replicas.answer_pace import AnswerPace
 
-_SOON = 0.5
+_SOON = 0.2
 """Share of the objective for the first token after which a waiting prompt is worth setting others aside for."""
+_PAUSE = 0.5
+"""Who is set aside can wait for this share of that objective at least, and still keep its own for the tokens after."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Line:
         free_blocks: that the lease leaves beyond what running requests will need soon.
         newcomer: the first waiting request that has no token yet.
         aside: requests that were set aside, oldest first.
-        movable: running ones that may be set aside, the one admitted last first.
+        movable: running ones that may be set aside, in the order in which they are.
         running: some request runs.
     """
 
@@ -109,19 +112,18 @@ class ElasticPrefill:
     """Who is set aside, and the logical size. Lives in the scheduler's process; not thread-safe.
 
     Args:
-        floor_blocks: the logical size at first, and where halving ends; ceiling_blocks: of the host buffer.
+        floor_blocks: where halving the logical size ends; ceiling_blocks: of the host buffer, the size at first.
     """
 
     def __init__(self, objectives: Objectives, floor_blocks: int, ceiling_blocks: int) -> None:
         self._objectives = objectives
-        self._size = LogicalSize(min(floor_blocks, ceiling_blocks), floor_blocks, ceiling_blocks)
-        self._first_token_at: dict[str, float] = {}
-        self._moved: set[str] = set()
+        self._size = LogicalSize(ceiling_blocks, floor_blocks, ceiling_blocks)
+        self._pace = AnswerPace(objectives.tpot_s)
         self._aside: dict[str, None] = {}  # in the order in which they were set aside
         self._urgent = False
         self._choice = Choice(displace=[], resume=[], admit=None)
         self.displaced = 0
-        """Requests that were set aside since the start."""
+        """How often a request was set aside since the start."""
 
     @property
     def logical_blocks(self) -> int:
@@ -132,9 +134,11 @@ class ElasticPrefill:
         """Request ids, oldest first."""
         return list(self._aside)
 
-    def may_move(self, request_id: str) -> bool:
-        """Was this request never set aside?"""
-        return request_id not in self._moved
+    def movable(self, request_ids: Iterable[str]) -> list[str]:
+        """Those of the running requests that may be set aside, the ones that can wait longest first."""
+        slack = {request_id: self._pace.slack_s(request_id) for request_id in request_ids}
+        least_s = self._objectives.ttft_s * _PAUSE
+        return sorted((one for one, slack_s in slack.items() if slack_s > least_s), key=lambda one: -slack[one])
 
     def observe(self, now_s: float, waiting_s: float, tokens: Mapping[str, int]) -> None:
         """An iteration.
@@ -143,14 +147,9 @@ class ElasticPrefill:
             waiting_s: how long the oldest request without a token has waited; 0 where none does.
             tokens: output tokens so far of each request that has some and has not ended.
         """
-        late = 0
-        for request_id, count in tokens.items():
-            first = self._first_token_at.setdefault(request_id, now_s)
-            late += count > 1 and (now_s - first) / (count - 1) > self._objectives.tpot_s
-            # One that is set aside gets no token: its next one is late once the objective has passed.
-            late += count == 1 and now_s - first > self._objectives.tpot_s
+        self._pace.observe(now_s, tokens)
         self._urgent = waiting_s > self._objectives.ttft_s * _SOON
-        sample = SloSample(ttft=waiting_s > self._objectives.ttft_s, tpot=late > 0)
+        sample = SloSample(ttft=waiting_s > self._objectives.ttft_s, tpot=self._pace.late)
         self._size = self._size.sampled(sample, now_s)
 
     def decide(self, line: Line) -> Sequence[str]:
@@ -162,7 +161,6 @@ class ElasticPrefill:
         self._choice = choice
         for request_id in choice.displace:
             self._aside[request_id] = None
-            self._moved.add(request_id)
         self.displaced += len(choice.displace)
         return choice.displace
 
@@ -175,5 +173,4 @@ class ElasticPrefill:
     def forget(self, request_id: str) -> None:
         """The request has ended."""
         self._aside.pop(request_id, None)
-        self._first_token_at.pop(request_id, None)
-        self._moved.discard(request_id)
+        self._pace.forget(request_id)

@@ -134,14 +134,14 @@ class _Elastic(Scheduler):
         prefill.observe(time.monotonic(), waited_s, started)
         if len(self.running) >= self.max_num_active_reqs or self.pause_state is not PauseState.UNPAUSED:
             newcomer = None  # it does not wait for memory
+        running = {r.request_id: r for r in self.running if r.num_output_tokens} if newcomer is not None else {}
         line = Line(
             free_blocks=self._kv.free_blocks - running_ahead,
             newcomer=self._claim(newcomer) if newcomer is not None else None,
             aside=[self._claim(request) for request in aside],
             movable=[
-                Claim(request.request_id, -(-request.num_computed_tokens // self._kv_groups[0].block_tokens))
-                for request in reversed(self.running if newcomer is not None else [])
-                if request.num_output_tokens and prefill.may_move(request.request_id)
+                Claim(one, -(-running[one].num_computed_tokens // self._kv_groups[0].block_tokens))
+                for one in prefill.movable(running)
             ],
             running=bool(self.running),
         )

@@ -133,12 +133,14 @@ def best_chunk(job: Job, device_bytes: int, memory: Memory, speed: Speed, least:
     return min(fitting, key=lambda c: (makespan_s(job, memory.held(device_bytes, c, job.request_tokens), c, speed), c))
 
 
-def advantage(name: str, figures: Mapping[str, float], lower_is_better: bool = False) -> dict[str, float]:
-    """How many times better the elastic figure is than A's, as ``name``, and than the best static one, as
+def advantage(
+    name: str, figures: Mapping[str, float], ours: str = "elastic", lower_is_better: bool = False
+) -> dict[str, float]:
+    """How many times better the figure of ``ours`` is than A's, as ``name``, and than the best static one, as
     ``name``_vs_best. Empty where a variant has no figure above 0: there is no ratio then."""
     if not all(value > 0 and math.isfinite(value) for value in figures.values()):
         return {}
-    ours, static = figures["elastic"], [value for variant, value in figures.items() if variant in STATIC]
+    mine, static = figures[ours], [value for variant, value in figures.items() if variant in STATIC]
     if lower_is_better:
-        return {name: figures["A"] / ours, f"{name}_vs_best": min(static) / ours}
-    return {name: ours / figures["A"], f"{name}_vs_best": ours / max(static)}
+        return {name: figures["A"] / mine, f"{name}_vs_best": min(static) / mine}
+    return {name: mine / figures["A"], f"{name}_vs_best": mine / max(static)}

@@ -5,32 +5,32 @@ from collections.abc import Sequence
 from benchmarks.elastic.bounds import Job, Memory, Speed, fit_decode, fit_memory
 from benchmarks.elastic.process_memory import WorkerPeak
 from benchmarks.elastic.race import SHARING, Racer
-from benchmarks.elastic.variants import BLOCK_TOKENS, block_bytes, longest_blocks, static_spec
+from benchmarks.elastic.variants import BenchModel, static_spec
 from cluster.bench.workload import random_workload
-from cluster.models import ModelFacts
 from replicas.environment import environment
 from replicas.local_engine import local_engine
 
 _PEAK_TOKENS = (256, 1024)
+_SHORT_TOKENS = 128
 _DECODE_STEPS, _PASSES = 12, 2
 _EXACT_HEAP = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 """glibc then gives large buffers back at once, so that the peak is what the work needs and not what the heap keeps."""
 
 
-async def measure_memory(facts: ModelFacts) -> Memory:
+async def measure_memory(model: BenchModel) -> Memory:
     """Activations of a step of plain vLLM, from its worker's peak resident memory."""
-    longest = facts.max_model_len
-    spec = static_spec(facts, 2, 2 * longest_blocks(longest), longest)
+    longest = model.facts.max_model_len
+    spec = static_spec(model, 2, 2 * model.longest_blocks, longest)
     sizes = [min(tokens, longest - 1) for tokens in _PEAK_TOKENS]
     peaks = []
     with environment(_EXACT_HEAP):
         async with local_engine(spec, None, SHARING) as engine:
-            await engine.generate(_prompts(1, BLOCK_TOKENS, seed=1)[0], 2, "warm-up")
+            await engine.generate(_prompts(1, _SHORT_TOKENS, seed=1)[0], 2, "warm-up")
             for number, tokens in enumerate(sizes):
                 peak = WorkerPeak(engine)
                 await engine.generate(_prompts(1, tokens, seed=2 + number)[0], 1, f"peak-{tokens}")
                 peaks.append((tokens, peak.read() - peak.before_bytes))
-    return fit_memory(block_bytes(facts), BLOCK_TOKENS, peaks)
+    return fit_memory(model.block_bytes, model.block_tokens, peaks)
 
 
 async def measure_speed(racer: Racer, job: Job, steps: Sequence[int], batches: Sequence[int]) -> Speed:
@@ -39,7 +39,7 @@ async def measure_speed(racer: Racer, job: Job, steps: Sequence[int], batches: S
     ``racer`` is an elastic engine, whose step size the lease board bounds; its lease should have room for everything.
     """
     prompts = _prompts(max(*batches, len(steps) + 1), job.prompt, seed=3)
-    short = [prompt[:BLOCK_TOKENS] for prompt in prompts]
+    short = [prompt[:_SHORT_TOKENS] for prompt in prompts]
     with racer.alone():
         await _prefill_s(racer, prompts[0], steps[0])
         prefill = {

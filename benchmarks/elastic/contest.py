@@ -16,13 +16,12 @@ from benchmarks.elastic.race import Racer, racers
 from benchmarks.elastic.variants import (
     MIB,
     Device,
-    block_bytes,
+    bench_model,
     elastic_spec,
     host_variants,
-    longest_blocks,
-    model_facts,
     static_variants,
 )
+from cluster.bench.report import Slo
 
 _ROOM = 4
 """The lease while speed is measured, over the device's bytes: nothing then waits for memory."""
@@ -35,6 +34,8 @@ class Setting:
     Attributes:
         job: shape of its requests; what B's step size is tuned for.
         chunks: step sizes that B may have; batches: of decode steps that are measured.
+        block_tokens: of a KV block. host_over_device: host bytes, over the device's.
+        slo_over_unloaded: see ``slo``.
     """
 
     max_model_len: int
@@ -42,6 +43,16 @@ class Setting:
     job: Job
     chunks: tuple[int, ...]
     batches: tuple[int, ...]
+    block_tokens: int = 128
+    host_over_device: float = 1.0
+    slo_over_unloaded: float = 0.0
+
+    def slo(self, speed: Speed) -> Slo:
+        """``slo_over_unloaded`` times the latencies of an engine with one request; no bounds where that is 0."""
+        if not self.slo_over_unloaded:
+            return Slo()
+        ttft_s, tpot_s = min(speed.prefill_s.values()), speed.decode_step_s(1, self.job.context)
+        return Slo(ttft_ms=1000 * self.slo_over_unloaded * ttft_s, tpot_ms=1000 * self.slo_over_unloaded * tpot_s)
 
     def room(self, device: Device, chunk: int) -> dict[str, tuple[int, int]]:
         """Each variant's bytes, and the tokens of the step that its KV memory leaves room for. The elastic ones
@@ -79,10 +90,11 @@ class Contest:
     device: Device
     chunk: int
     held: Mapping[str, int]
+    slo: Slo
     field: Mapping[str, Racer]
 
     def to_json(self) -> dict[str, Any]:
-        parts = {name: asdict(getattr(self, name)) for name in ("setting", "memory", "speed", "device")}
+        parts = {name: asdict(getattr(self, name)) for name in ("setting", "memory", "speed", "device", "slo")}
         return parts | {"chunk": self.chunk, "held_bound": dict(self.held)}
 
 
@@ -90,23 +102,24 @@ class Contest:
 async def contest(setting: Setting, folder: Path) -> AsyncIterator[Contest]:
     """Measure memory and speed, tune B, start all variants, tighten the elastic ones' lease to the device. Their steps
     are bound by what is fastest; memory bounds them as they run."""
-    longest = setting.max_model_len
-    facts = model_facts(longest)
-    memory = await measure_memory(facts)
-    device_bytes = memory.activation_bytes(longest) + longest_blocks(longest) * block_bytes(facts)
-    device = Device(device_bytes, host_bytes=device_bytes)
-    seqs = setting.max_num_seqs
-    async with racers({"elastic": elastic_spec(facts, seqs, _ROOM * device_bytes, longest)}, folder) as ours:
+    longest, seqs = setting.max_model_len, setting.max_num_seqs
+    model = bench_model(longest, setting.block_tokens)
+    memory = await measure_memory(model)
+    device_bytes = memory.activation_bytes(longest) + model.longest_blocks * model.block_bytes
+    device = Device(device_bytes, host_bytes=round(setting.host_over_device * device_bytes))
+    async with racers({"elastic": elastic_spec(model, seqs, _ROOM * device_bytes, longest)}, folder) as ours:
         speed = await measure_speed(ours["elastic"], setting.job, setting.chunks, setting.batches)
-        chunk = best_chunk(setting.job, device_bytes, memory, speed, longest_blocks(longest))
+        chunk = best_chunk(setting.job, device_bytes, memory, speed, model.longest_blocks)
         held = setting.held(memory, device, chunk, setting.job.request_tokens)
+        slo = setting.slo(speed)
         _print(setting.job, memory, speed, device, chunk)
-        others = static_variants(facts, seqs, memory, device, chunk) | host_variants(facts, seqs, memory, device, chunk)
+        others = static_variants(model, seqs, memory, device, chunk)
+        others |= host_variants(model, seqs, memory, device, chunk, slo)
         async with racers(others, folder) as field:
             for one in (ours["elastic"], field["both"]):
                 one.bound_steps(speed.fastest_step)
                 await one.lease(device_bytes)
-            yield Contest(setting, memory, speed, device, chunk, held, field | ours)
+            yield Contest(setting, memory, speed, device, chunk, held, slo, field | ours)
 
 
 def _print(job: Job, memory: Memory, speed: Speed, device: Device, chunk: int) -> None:

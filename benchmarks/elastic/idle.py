@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.elastic.outcome import Outcome, Panel
 from benchmarks.elastic.process_memory import resident_bytes
 from benchmarks.elastic.race import Racer, race, racers
-from benchmarks.elastic.variants import MIB, block_bytes, elastic_spec, model_facts, static_spec
+from benchmarks.elastic.variants import MIB, bench_model, elastic_spec, static_spec
 from cluster.bench.arrivals import OpenLoop
 from cluster.bench.workload import random_workload
 from replicas.lease_watch import WakePolicy, watch_lease
@@ -34,11 +34,11 @@ class Footprint:
 
 async def run(folder: Path) -> Outcome:
     """A burst to each engine in turns, then idleness of one after the other. ``folder``: for lease boards."""
-    facts = model_facts(MAX_MODEL_LEN)
-    device_bytes = KV_BLOCKS * block_bytes(facts)
+    model = bench_model(MAX_MODEL_LEN)
+    device_bytes = KV_BLOCKS * model.block_bytes
     specs = {
-        "A": static_spec(facts, MAX_NUM_SEQS, KV_BLOCKS, MAX_MODEL_LEN),
-        "elastic": elastic_spec(facts, MAX_NUM_SEQS, device_bytes, MAX_MODEL_LEN),
+        "A": static_spec(model, MAX_NUM_SEQS, KV_BLOCKS, MAX_MODEL_LEN),
+        "elastic": elastic_spec(model, MAX_NUM_SEQS, device_bytes, MAX_MODEL_LEN),
     }
     work = random_workload(REQUESTS, input_len=INPUT, output_len=OUTPUT, seed=SEED)
     async with racers(specs, folder) as field:
@@ -61,7 +61,7 @@ async def run(folder: Path) -> Outcome:
         bounds={},
         details={
             "device_bytes": device_bytes,
-            "weights_bytes": facts.weights_bytes,
+            "weights_bytes": model.facts.weights_bytes,
             "footprints": {name: asdict(one) for name, one in found.items()},
         },
         panels=[

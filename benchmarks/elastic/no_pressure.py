@@ -12,7 +12,7 @@ from benchmarks.elastic.bounds import advantage
 from benchmarks.elastic.outcome import Outcome, Panel
 from benchmarks.elastic.race import Racer, race, racers
 from benchmarks.elastic.timed_scheduler import SchedulerTimes
-from benchmarks.elastic.variants import block_bytes, elastic_spec, model_facts, static_spec
+from benchmarks.elastic.variants import bench_model, elastic_spec, static_spec
 from cluster.bench.arrivals import ClosedLoop
 from cluster.bench.workload import random_workload
 from memory_agent.lease_board import EngineWord
@@ -29,12 +29,12 @@ INPUT, OUTPUT, RANGE = 224, 56, 0.7
 
 async def run(folder: Path) -> Outcome:
     """Run rounds after one that warms up. ``folder``: for lease boards and scheduler times."""
-    facts = model_facts(MAX_MODEL_LEN)
-    ceiling_bytes = 2 * KV_BLOCKS * block_bytes(facts)
+    model = bench_model(MAX_MODEL_LEN)
+    ceiling_bytes = 2 * KV_BLOCKS * model.block_bytes
     specs = {
-        "A": static_spec(facts, MAX_NUM_SEQS, KV_BLOCKS, MAX_MODEL_LEN),
-        "B": static_spec(facts, MAX_NUM_SEQS, KV_BLOCKS, CHUNK),
-        "elastic": elastic_spec(facts, MAX_NUM_SEQS, ceiling_bytes, MAX_MODEL_LEN),
+        "A": static_spec(model, MAX_NUM_SEQS, KV_BLOCKS, MAX_MODEL_LEN),
+        "B": static_spec(model, MAX_NUM_SEQS, KV_BLOCKS, CHUNK),
+        "elastic": elastic_spec(model, MAX_NUM_SEQS, ceiling_bytes, MAX_MODEL_LEN),
     }
     async with racers(specs, folder, time_schedulers=True) as field:
         rates: dict[str, list[float]] = {name: [] for name in field}

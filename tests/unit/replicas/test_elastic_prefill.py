@@ -24,8 +24,8 @@ def test_a_prompt_that_fits_moves_nobody() -> None:
     assert (list(choice.displace), choice.admit) == ([], "new")
 
 
-def test_the_last_admitted_make_way() -> None:
-    """As few as the prompt needs, those admitted last first."""
+def test_the_first_of_the_movable_make_way() -> None:
+    """As few as the prompt needs, in their order."""
     choice = choose(line(free=1, newcomer=6, movable=(2, 3, 4)), logical_blocks=100)
     assert (list(choice.displace), choice.admit) == (["run0", "run1"], "new")
 
@@ -74,12 +74,11 @@ def test_what_is_chosen_fits(
     assert not moved or choice.admit
 
 
-def test_each_is_set_aside_once() -> None:
-    """So no request goes to and fro, however many prompts come."""
+def test_who_is_set_aside_stays_out_until_there_is_room() -> None:
+    """Nobody new overtakes one that is set aside, but the prompt that it made way for."""
     prefill = ElasticPrefill(Objectives(1.0, 1.0), floor_blocks=50, ceiling_blocks=50)
     prefill.observe(0.0, waiting_s=0.6, tokens={})
     assert list(prefill.decide(line(free=0, newcomer=3, movable=(3,)))) == ["run0"]
-    assert not prefill.may_move("run0")
     assert prefill.holds("run0", new=False)
     assert not prefill.holds("new", new=True)
     assert prefill.holds("behind", new=True)
@@ -87,27 +86,39 @@ def test_each_is_set_aside_once() -> None:
     assert list(prefill.aside) == []
     assert not prefill.holds("run0", new=False)
     assert not prefill.holds("behind", new=True)
-    prefill.forget("run0")
-    assert prefill.may_move("run0")
+
+
+def test_those_who_can_wait_longest_make_way_and_those_who_cannot_do_not() -> None:
+    """The answer that began last has most of its time left; one whose time is nearly over is left alone."""
+    prefill = ElasticPrefill(Objectives(ttft_s=4.0, tpot_s=1.0), floor_blocks=50, ceiling_blocks=50)
+    prefill.observe(0.0, waiting_s=0.0, tokens={"early": 1})
+    prefill.observe(30.0, waiting_s=0.0, tokens={"early": 1, "late": 1})
+    assert prefill.movable(["early", "late"]) == ["late", "early"]
+    prefill.observe(62.0, waiting_s=0.0, tokens={"early": 1, "late": 1})
+    assert prefill.movable(["early", "late"]) == ["late"]
+    prefill.forget("late")
+    prefill.observe(70.0, waiting_s=0.0, tokens={"early": 1, "new": 1})
+    assert prefill.movable(["early", "new"]) == ["new"]
 
 
 def test_nobody_moves_while_there_is_time() -> None:
-    """A prompt that has waited for less than half of its objective displaces nobody."""
+    """A prompt that has waited for less than a fifth of its objective displaces nobody."""
     prefill = ElasticPrefill(Objectives(1.0, 1.0), floor_blocks=50, ceiling_blocks=50)
-    prefill.observe(0.0, waiting_s=0.4, tokens={})
+    prefill.observe(0.0, waiting_s=0.1, tokens={})
     assert not prefill.decide(line(free=0, newcomer=3, movable=(3,)))
-    prefill.observe(0.2, waiting_s=0.6, tokens={})
+    prefill.observe(0.2, waiting_s=0.3, tokens={})
     assert prefill.decide(line(free=0, newcomer=3, movable=(3,)))
 
 
 def test_the_size_follows_the_objectives() -> None:
-    """Late first tokens let more in, up to the host buffer; late tokens after them, of a request that is set aside too,
-    let fewer in again."""
+    """It begins with the whole host buffer. Answers that are late, one that is set aside too, let fewer in; late first
+    tokens more again."""
     prefill = ElasticPrefill(Objectives(ttft_s=1.0, tpot_s=0.5), floor_blocks=4, ceiling_blocks=12)
-    assert prefill.logical_blocks == 4
-    for step in range(60):
-        prefill.observe(now_s=step / 10, waiting_s=2.0, tokens={})
     assert prefill.logical_blocks == 12
     for step in range(400):
-        prefill.observe(now_s=10 + step / 10, waiting_s=0.0, tokens={"a": 1})
+        prefill.observe(now_s=step / 5, waiting_s=0.0, tokens={"a": 1})
     assert prefill.logical_blocks == 4
+    prefill.forget("a")
+    for step in range(200):
+        prefill.observe(now_s=100 + step / 10, waiting_s=2.0, tokens={})
+    assert prefill.logical_blocks == 12
