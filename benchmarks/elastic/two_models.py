@@ -22,7 +22,7 @@ from benchmarks.elastic.forecast import Server, forecast
 from benchmarks.elastic.outcome import Outcome, Panel
 from benchmarks.elastic.race import SHARING, racer, warm_up
 from benchmarks.elastic.turns import Player, TurnClock, in_turns
-from benchmarks.elastic.variants import MIB, elastic_spec, longest_blocks, model_facts, static_spec
+from benchmarks.elastic.variants import MIB, bench_model, elastic_spec, static_spec
 from cluster.bench.arrivals import Replay, due_times
 from cluster.bench.load import run_load
 from cluster.bench.report import LoadReport, RequestRecord
@@ -35,6 +35,7 @@ from replicas.local_engine import LocalEngine, local_engine, local_engine_at
 from replicas.spec import EngineSpec
 
 MAX_MODEL_LEN = 512
+BLOCK_TOKENS = 32
 MAX_NUM_SEQS = 8
 CHUNKS = (128, 256, 512)
 BURST = Job(requests=6, prompt=140, output=360)
@@ -58,13 +59,13 @@ class Plan:
 
 async def run(folder: Path) -> Outcome:
     """Calibrate, print the bound, run both devices in turns. ``folder``: for lease boards."""
-    facts = model_facts(MAX_MODEL_LEN)
-    memory = await measure_memory(facts)
-    promised_bytes = elastic_spec(facts, MAX_NUM_SEQS, 0, MAX_MODEL_LEN).guarantee_bytes
+    model = bench_model(MAX_MODEL_LEN, BLOCK_TOKENS)
+    memory = await measure_memory(model)
+    promised_bytes = elastic_spec(model, MAX_NUM_SEQS, 0, MAX_MODEL_LEN).guarantee_bytes
     half_bytes = DEVICE_OVER_GUARANTEES * -(-promised_bytes // LIMIT_UNIT_BYTES) * LIMIT_UNIT_BYTES
-    async with racer("calibration", elastic_spec(facts, MAX_NUM_SEQS, 8 * half_bytes, MAX_MODEL_LEN), folder) as one:
+    async with racer("calibration", elastic_spec(model, MAX_NUM_SEQS, 8 * half_bytes, MAX_MODEL_LEN), folder) as one:
         speed = await measure_speed(one, BURST, CHUNKS, (1, 8))
-    chunk = best_chunk(BURST, half_bytes, memory, speed, longest_blocks(MAX_MODEL_LEN))
+    chunk = best_chunk(BURST, half_bytes, memory, speed, model.longest_blocks)
     plan = Plan(2 * half_bytes, promised_bytes, chunk, memory.blocks(half_bytes, chunk))
     gap_s = _gap_s(plan, memory, speed)
     works = [_work(gap_s, BURSTS, SEED + model) for model in range(2)]
@@ -76,8 +77,8 @@ async def run(folder: Path) -> Outcome:
     print("bound, TTFT p99: " + ", ".join(f"{name} {value:.1f} s" for name, value in bound.items()), flush=True)
 
     async with (
-        _split(static_spec(facts, MAX_NUM_SEQS, plan.half_blocks, chunk)) as halves,
-        _shared(elastic_spec(facts, MAX_NUM_SEQS, plan.device_bytes, MAX_MODEL_LEN), plan, folder) as (agent, tenants),
+        _split(static_spec(model, MAX_NUM_SEQS, plan.half_blocks, chunk)) as halves,
+        _shared(elastic_spec(model, MAX_NUM_SEQS, plan.device_bytes, MAX_MODEL_LEN), plan, folder) as (agent, tenants),
     ):
         before = [engine.word(EngineWord.INFLATE_BYTES) for engine in tenants]
         records = await _race({"split": halves, "shared": tenants}, works, gap_s)

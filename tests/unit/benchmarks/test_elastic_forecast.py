@@ -1,5 +1,7 @@
 """What an open loop meets on an engine of known memory and speed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from benchmarks.elastic.bounds import Memory, Speed
 from benchmarks.elastic.forecast import Server, forecast
 from cluster.bench.workload import Request
+from replicas.elastic_prefill import Objectives
 
 MEMORY = Memory(block_bytes=1, block_tokens=10, token_bytes=0.0, step_bytes=0.0)
 SPEED = Speed(prefill_s={}, step_s=1.0, row_s=0.25, context_s=0.0)
@@ -53,15 +56,31 @@ def test_what_never_fits_is_refused() -> None:
         forecast(server(2), requests((4, 2), (20, 5)), [0.0, 0.0])
 
 
+def test_a_prompt_goes_before_answers_that_can_wait() -> None:
+    """Room for one: with a host buffer and objectives the second prompt is computed while the first answer waits, which
+    then goes on without computing its own prompt again."""
+    work = requests((8, 40), (18, 2))
+    plain = forecast(server(5), work, [0.0, 44.0])
+    eager = forecast(replace(server(5), host_blocks=9, objectives=Objectives(5.0, 10.0)), work, [0.0, 44.0])
+    assert eager[1].ttft_s < plain[1].ttft_s
+    assert max(one.sent_s + one.latency_s for one in eager) <= max(one.sent_s + one.latency_s for one in plain)
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30), st.floats(0, 100)), min_size=1, max_size=12),
     st.integers(6, 20),
     st.integers(1, 6),
+    st.sampled_from([None, Objectives(2.0, 1.0), Objectives(50.0, 0.1)]),
+    st.integers(0, 40),
 )
-def test_every_request_gets_all_its_tokens(shapes: list[tuple[int, int, float]], blocks: int, seqs: int) -> None:
-    """Whatever the load, and the first token is never before the prompt could be computed."""
+def test_every_request_gets_all_its_tokens(
+    shapes: list[tuple[int, int, float]], blocks: int, seqs: int, objectives: Objectives | None, host_blocks: int
+) -> None:
+    """Whatever the load, with and without a host buffer, and the first token is never before the prompt could be
+    computed."""
     dues = sorted(due for _, _, due in shapes)
-    records = forecast(server(blocks, seqs), requests(*((p, o) for p, o, _ in shapes)), dues)
+    place = replace(server(blocks, seqs), host_blocks=host_blocks, objectives=objectives if host_blocks else None)
+    records = forecast(place, requests(*((p, o) for p, o, _ in shapes)), dues)
     for record in records:
         assert record.output_tokens == record.asked_tokens
         assert record.ttft_s >= 0.5 * record.input_tokens - 1e-9
