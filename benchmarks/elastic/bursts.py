@@ -28,10 +28,12 @@ from cluster.bench.traces import read_trace, trace_workload
 from cluster.bench.workload import Workload, random_workload
 from replicas.elastic_prefill import Objectives
 
+LOAD_S, FEWEST, MOST = 80.0, 24, 64
+"""Every rate has as many requests as arrive in LOAD_S, within bounds."""
 SETTING = Setting(
     max_model_len=512,
     max_num_seqs=8,
-    job=Job(requests=56, prompt=140, output=140),
+    job=Job(requests=FEWEST, prompt=140, output=140),
     chunks=(128, 256, 512),
     batches=(1, 4),
     block_tokens=32,
@@ -41,8 +43,10 @@ SETTING = Setting(
 OURS = "both"
 BURSTINESS = 0.5
 FORECAST_RATES = 24
-MEASURED = 4
-"""Rates that are measured: from where A's goodput is expected to beyond ours."""
+MEASURED = 5
+"""Rates that are measured: from below A's expected goodput to beyond ours."""
+_IDLE_SHARE = 0.4
+"""A variant is not measured at rates below this share of its expected goodput."""
 SEED = 21
 
 
@@ -56,16 +60,17 @@ async def run(folder: Path, trace: Path | None = None) -> Outcome:
         print(f"SLO: TTFT {slo.ttft_ms:.0f} ms, TPOT {slo.tpot_ms:.0f} ms")
         print("bound, requests/s: " + ", ".join(f"{name} {rate:.3f}" for name, rate in bound.items()), flush=True)
         curves: dict[str, list[RatePoint]] = {name: [] for name in found.field}
-        for number, rate in enumerate(np.geomspace(bound["A"], 1.25 * bound[OURS], MEASURED)):
-            work = _work(trace, SEED + number)  # other prompts, so that none is cached
-            reports = await race(found.field, work, _arrivals(work, trace, rate), SEED, slo)
+        for number, rate in enumerate(np.geomspace(0.8 * bound["A"], 1.25 * bound[OURS], MEASURED)):
+            work = _work(trace, rate, SEED + number)  # other prompts, so that none is cached
+            field = {name: one for name, one in found.field.items() if rate >= _IDLE_SHARE * bound[name]}
+            reports = await race(field, work, _arrivals(work, trace, rate), SEED, slo)
             for name, report in reports.items():
                 curves[name].append(RatePoint.of(rate, report.records, slo))
             told = ", ".join(
-                f"{name} {points[-1].attainment:.0%} (TTFT p99 {points[-1].ttft_p99_s:.1f} s)"
-                for name, points in curves.items()
+                f"{name} {curves[name][-1].attainment:.0%} (TTFT p99 {curves[name][-1].ttft_p99_s:.1f} s)"
+                for name in reports
             )
-            print(f"{rate:.3f} requests/s: {told}", flush=True)
+            print(f"{rate:.3f} requests/s, {len(work.requests)} requests: {told}", flush=True)
     goodput = {name: rate_at_target(points) for name, points in curves.items()}
     ttft = {name: ttft_at(points, goodput[OURS]) for name, points in curves.items()}
     expected_ttft = {name: ttft_at(points, bound[OURS]) for name, points in expected.items()}
@@ -76,7 +81,7 @@ async def run(folder: Path, trace: Path | None = None) -> Outcome:
         | advantage("ttft_p99_ratio", expected_ttft, OURS, lower_is_better=True),
         details={
             **found.to_json(),
-            "workload": work.settings,
+            "workload_at_the_highest_rate": work.settings,
             "burstiness": None if trace else BURSTINESS,
             "bound_requests_per_s": bound,
             "goodput_requests_per_s": goodput,
@@ -88,7 +93,7 @@ async def run(folder: Path, trace: Path | None = None) -> Outcome:
                 title,
                 unit,
                 {name: [getattr(point, of) for point in points] for name, points in curves.items()},
-                x=[point.rate for point in curves["A"]],
+                x={name: [point.rate for point in points] for name, points in curves.items()},
                 x_label="offered requests/s",
             )
             for title, unit, of in (
@@ -125,20 +130,21 @@ def _servers(found: Contest) -> dict[str, Server]:
 def _expected(server: Server, trace: Path | None, slo: Slo) -> list[RatePoint]:
     """The forecast at FORECAST_RATES rates, up to one that no place of the server could carry."""
     most = SETTING.max_num_seqs / (SETTING.job.output * server.speed.decode_step_s(SETTING.max_num_seqs, 0))
-    work, points = _work(trace, SEED), []
+    points = []
     for rate in np.geomspace(most / 50, most, FORECAST_RATES):
+        work = _work(trace, rate, SEED)
         dues = due_times(_arrivals(work, trace, rate), work.requests, SEED)
         points.append(RatePoint.of(rate, forecast(server, work.requests, dues), slo))
     return points
 
 
-def _work(trace: Path | None, seed: int) -> Workload:
+def _work(trace: Path | None, rate: float, seed: int) -> Workload:
     """Lengths and times do not depend on the seed, prompts do."""
-    job = SETTING.job
+    job, count = SETTING.job, round(min(max(rate * LOAD_S, FEWEST), MOST))
     if trace is None:
-        return random_workload(job.requests, input_len=job.prompt, output_len=job.output, seed=seed)
+        return random_workload(count, input_len=job.prompt, output_len=job.output, seed=seed)
     return trace_workload(
-        read_trace(trace, job.requests),
+        read_trace(trace, count),
         max_input_len=2 * job.prompt,
         max_output_len=job.output,
         seed=seed,

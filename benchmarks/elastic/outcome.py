@@ -22,7 +22,7 @@ class Panel:
     title: str
     unit: str
     series: Mapping[str, Sequence[float]]
-    x: Sequence[float] = ()
+    x: Mapping[str, Sequence[float]] = field(default_factory=dict)
     x_label: str = ""
     bounds: Mapping[str, float] = field(default_factory=dict)
 
@@ -90,7 +90,7 @@ def _draw(name: str, panels: Sequence[Panel], folder: Path) -> Path:
         axes.set_ylabel(panel.unit)
         if panel.x:
             for label, values in panel.series.items():
-                axes.plot(panel.x, values, marker="o", label=label)
+                axes.plot(panel.x[label], values, marker="o", label=label)
             axes.set_xlabel(panel.x_label)
             axes.legend()
         else:

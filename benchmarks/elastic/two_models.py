@@ -168,6 +168,7 @@ async def _shared(spec: EngineSpec, plan: Plan, folder: Path) -> AsyncIterator[t
                 )
             )
             engine = await stack.enter_async_context(local_engine_at(spec, place, SHARING))
+            assert engine.row is not None
             watches.append(asyncio.create_task(watch_lease(engine.row, engine.wake, WakePolicy())))
             engines.append(engine)
         try:
