@@ -25,7 +25,7 @@ from pathlib import Path
 from memory_agent.errors import BoardError
 
 MAGIC = 0x454C4C4D_424F4152  # "ELLMBOAR"
-VERSION = 3
+VERSION = 4
 LIMIT_UNIT_BYTES = 64 * 1024
 MAX_ROWS = 32
 MAX_WORKERS = 8
@@ -128,6 +128,8 @@ class EngineWord(IntEnum):
     """Most tokens of a step that the lease allowed last."""
     CONSERVATION_FAILURES = 58
     """Checks of the engine's own books that failed."""
+    FLOOR_BYTES = 59
+    """What an engine without requests must keep to take one up: REST_BYTES and the smallest step's activations."""
     WORKER_COUNT = 60
     WORKER_PID_0 = 61
     """WORKER_PID_0 + i: process id of worker i, up to MAX_WORKERS."""

@@ -1,9 +1,12 @@
 """Who may hold how much of one device's KV budget: a pure function of what the engines claim.
 
-    0        guarantee             demand met            limit            ceiling
+    0        promised             demand met            limit            ceiling
     |------------|----------------------|-------------------|----------------|
-      reserved     shared by demand       lent while nobody
-      strictly     (weighted max-min)     asks (by weight)
+      kept for it   shared by demand      lent while nobody
+                    (weighted max-min)    asks (by weight)
+
+Promised is as much of an engine's guarantee as it has asked for lately. The rest of the guarantee is lent, and comes
+back as soon as it is asked for, before anybody's demand beyond the own guarantee.
 
 Two properties carry the design.
 
@@ -46,6 +49,7 @@ class LeaseClaim:
 
     Attributes:
         guarantee_bytes: always obtainable; ceiling_bytes: never exceeded; both rounded up to LIMIT_UNIT_BYTES.
+        promised_bytes: of the guarantee, what is kept for the engine now; None for all of it.
         committed_bytes: what the engine may hold by its own count.
         exposure_bytes: highest limit issued since the one it last acknowledged.
         demand_bytes: what it could use now; limit_bytes: the limit issued last.
@@ -60,6 +64,7 @@ class LeaseClaim:
     demand_bytes: int
     limit_bytes: int
     weight_milli: int = 1000
+    promised_bytes: int | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -97,9 +102,8 @@ def plan_leases(claims: Sequence[LeaseClaim], budget_bytes: int, reserved_bytes:
     """
     check_guarantees({claim.engine_id: claim.guarantee_bytes for claim in claims}, budget_bytes)
     wants = [_Want.of(claim) for claim in claims]
-    guaranteed = sum(want.guarantee for want in wants)
-    # The reserved bytes come back soon, so they never push the plan below the guarantees.
-    pool = max(_units_down(budget_bytes - reserved_bytes), guaranteed)
+    # The reserved bytes come back soon, so they never push the plan below what is promised.
+    pool = max(_units_down(budget_bytes - reserved_bytes), sum(want.promised for want in wants))
     deserved, shares = _shares(wants, pool)
     goals = _goals(wants, deserved, shares, pool)
     free = max(0, _units_down(budget_bytes - reserved_bytes - sum(want.held for want in wants) * LIMIT_UNIT_BYTES))
@@ -112,12 +116,12 @@ def plan_leases(claims: Sequence[LeaseClaim], budget_bytes: int, reserved_bytes:
 
 @dataclass(frozen=True)
 class _Want:
-    """A claim in units of LIMIT_UNIT_BYTES, its demand clipped to [guarantee, ceiling].
+    """A claim in units of LIMIT_UNIT_BYTES, its demand clipped to [promised, ceiling].
 
     held: what it may hold, rounded up, to count against the budget; costless: rounded down, to raise a limit to.
     """
 
-    guarantee: int
+    promised: int
     ceiling: int
     demand: int
     limit: int
@@ -129,17 +133,18 @@ class _Want:
     def of(cls, claim: LeaseClaim) -> "_Want":
         guarantee = _units_up(claim.guarantee_bytes)
         ceiling = max(_units_up(claim.ceiling_bytes), guarantee)
-        demand = min(max(_units_up(claim.demand_bytes), guarantee), ceiling)
+        promised = guarantee if claim.promised_bytes is None else min(_units_up(claim.promised_bytes), guarantee)
+        demand = min(max(_units_up(claim.demand_bytes), promised), ceiling)
         limit, held = _units_down(claim.limit_bytes), _units_up(claim.held_bytes)
-        return cls(guarantee, ceiling, demand, limit, held, _units_down(claim.held_bytes), claim.weight_milli)
+        return cls(promised, ceiling, demand, limit, held, _units_down(claim.held_bytes), claim.weight_milli)
 
 
 def _shares(wants: Sequence[_Want], pool: int) -> tuple[list[int], list[int]]:
     """(what each engine's demand deserves, the same plus its part of what nobody demands)."""
     weights = [want.weight for want in wants]
-    surplus = pool - sum(want.guarantee for want in wants)
-    asked = _water_fill([want.demand - want.guarantee for want in wants], weights, surplus)
-    deserved = [want.guarantee + more for want, more in zip(wants, asked, strict=True)]
+    surplus = pool - sum(want.promised for want in wants)
+    asked = _water_fill([want.demand - want.promised for want in wants], weights, surplus)
+    deserved = [want.promised + more for want, more in zip(wants, asked, strict=True)]
     lent = _water_fill(
         [want.ceiling - base for want, base in zip(wants, deserved, strict=True)], weights, surplus - sum(asked)
     )
@@ -153,7 +158,7 @@ def _goals(wants: Sequence[_Want], deserved: Sequence[int], shares: Sequence[int
     unissued = pool - sum(want.limit for want in wants)
     lifts = _water_fill(gaps, [want.weight for want in wants], max(unissued, 0))
     short = [
-        want.limit + lift < max(want.guarantee, min(need + pool // _HEADROOM_SHARE, share) - band)
+        want.limit + lift < max(want.promised, min(need + pool // _HEADROOM_SHARE, share) - band)
         for want, lift, need, share in zip(wants, lifts, deserved, shares, strict=True)
     ]
     contended = unissued < 0 or any(short)
@@ -172,14 +177,14 @@ def _goals(wants: Sequence[_Want], deserved: Sequence[int], shares: Sequence[int
 def _issue(wants: Sequence[_Want], goals: Sequence[int], deserved: Sequence[int], free: int, pool: int) -> list[int]:
     """The goals as far as they can be issued now: lowered at once, raised from ``free`` bytes alone.
 
-    Raising a limit up to what the engine may hold anyway costs nothing. Guarantees are served before the rest, and a
-    raise smaller than the dead band waits for more, unless it completes the goal or the engine has less than its demand
-    deserves.
+    Raising a limit up to what the engine may hold anyway costs nothing. What is promised is served before the rest,
+    and a raise smaller than the dead band waits for more, unless it completes the goal or the engine has less than its
+    demand deserves.
     """
     weights = [want.weight for want in wants]
     costless = [min(goal, want.costless) for want, goal in zip(wants, goals, strict=True)]
     first = _water_fill(
-        [max(min(want.guarantee, goal) - base, 0) for want, goal, base in zip(wants, goals, costless, strict=True)],
+        [max(min(want.promised, goal) - base, 0) for want, goal, base in zip(wants, goals, costless, strict=True)],
         weights,
         free,
     )

@@ -26,6 +26,11 @@ _FOLLOWED = (
 RECLAIM_S = 5.0
 """An engine that owes bytes and has given none back for so long is overdue. They stay its own, because only the exit of
 its processes frees them; but its pressure is CRITICAL, so that no new request is sent to it."""
+LEND_AFTER_S = 2.0
+"""A part of its guarantee that an engine has not asked for is lent after LEND_AFTER_S to twice that: an engine with
+short requests is not made to ask for its bytes again with each of them."""
+_PROMISE_STEPS = 4
+"""Between floor and guarantee there are so many steps of what is promised, so that it changes rarely."""
 _LONGEST_GAP_S = 1.0
 """Time between two samples counts at most this much: while the agent itself was away, nobody was late."""
 
@@ -85,6 +90,7 @@ def process_words(role: int) -> tuple[int, int]:
 class Tenant:
     """A row in use, with what smooths it.
 
+    demand, lately: its demand, smoothed for what it is given, and for what is kept for it.
     alive: roles of its processes that still run; watched: roles that have been on the board and are watched or gone;
     segments: files of shared memory that its processes have mapped.
     late_s: time for which it has owed bytes and given none back.
@@ -94,6 +100,7 @@ class Tenant:
     engine_id: str
     model: str
     demand: DemandPeak = field(default_factory=DemandPeak)
+    lately: DemandPeak = field(default_factory=lambda: DemandPeak(hold_s=LEND_AFTER_S))
     pressure: Pressure = field(default_factory=Pressure)
     alive: set[int] = field(default_factory=set)
     watched: set[int] = field(default_factory=set)
@@ -155,6 +162,15 @@ class Tenant:
         return self.owed_bytes if self.late_s >= RECLAIM_S else 0
 
     @property
+    def promised_bytes(self) -> int:
+        """Of the guarantee, what is kept for the engine: what it has asked for lately, and at least its floor."""
+        guarantee = self.guarantee_bytes
+        floor = min(self.row.get(EngineWord.FLOOR_BYTES), guarantee)
+        step = max(1, (guarantee - floor) // _PROMISE_STEPS)
+        steps = -(-max(0, self.lately.demand_bytes - floor) // step)
+        return min(guarantee, floor + steps * step)
+
+    @property
     def wanted_bytes(self) -> int:
         """What requests reference or could use now."""
         return max(self.row.get(EngineWord.USED_BYTES), self.demand.demand_bytes)
@@ -168,15 +184,16 @@ class Tenant:
 
     def sample(self, now_s: float) -> list[int]:
         """Take a sample of the demand, and return all words that planning and pressure follow. now_s: monotonic."""
-        self.demand = self.demand.observed(self.row.get(EngineWord.DEMAND_BYTES), now_s)
+        demand_bytes = self.row.get(EngineWord.DEMAND_BYTES)
+        self.demand, self.lately = (peak.observed(demand_bytes, now_s) for peak in (self.demand, self.lately))
         self._follow_debt(now_s)
-        return [*(self.row.get(word) for word in _FOLLOWED), int(self.overdue_bytes > 0)]
+        return [*(self.row.get(word) for word in _FOLLOWED), int(self.overdue_bytes > 0), self.promised_bytes]
 
     def press(self) -> None:
-        """Take a sample of the pressure: wanted bytes against the limit, or beyond all measure where it is overdue. A
-        row that is not LIVE has none."""
+        """Take a sample of the pressure: wanted bytes against what can be had, which is the limit or the guarantee, or
+        beyond all measure where it is overdue. A row that is not LIVE has none."""
         live = self.state is RowState.LIVE
-        ratio = usage_ratio(self.wanted_bytes, self.row.lease.limit_bytes) if live else 0.0
+        ratio = usage_ratio(self.wanted_bytes, max(self.row.lease.limit_bytes, self.guarantee_bytes)) if live else 0.0
         self.pressure = self.pressure.sampled(float("inf") if live and self.overdue_bytes else ratio)
 
     def claim(self) -> LeaseClaim:
@@ -200,9 +217,11 @@ class Tenant:
             demand_bytes=self.demand.demand_bytes,
             limit_bytes=lease.limit_bytes,
             weight_milli=row.get(AgentWord.WEIGHT_MILLI),
+            promised_bytes=self.promised_bytes,
         )
         if self.state is RowState.STARTING:
-            return replace(claim, ceiling_bytes=self.guarantee_bytes, demand_bytes=self.guarantee_bytes)
+            whole = self.guarantee_bytes
+            return replace(claim, ceiling_bytes=whole, demand_bytes=whole, promised_bytes=whole)
         return claim
 
     def issue(self, decision: LeaseDecision) -> None:

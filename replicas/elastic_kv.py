@@ -253,9 +253,12 @@ class ElasticKv:
     def _kv_limit(self, limit_bytes: int, demand: StepDemand) -> int:
         """Extents that the lease leaves to the KV cache beside the smallest step, which must always be possible: the
         same at any load, so that a request that starts never takes the memory of one that runs."""
-        least = self.activations.bytes_for(demand.tokens_least, demand.tokens_least)
-        left = max(limit_bytes - least, min(limit_bytes, self._settings.kv_guarantee_bytes))
-        return (left if self._settings.charge_activations else limit_bytes) // self._extent_bytes
+        if not self._settings.charge_activations:
+            return limit_bytes // self._extent_bytes
+        lent = limit_bytes < self.row.get(AgentWord.GUARANTEE_BYTES)
+        least_bytes = self._rest * self._extent_bytes if lent else self._settings.kv_guarantee_bytes
+        left = max(limit_bytes - self._least_step_bytes(demand), min(limit_bytes, least_bytes))
+        return left // self._extent_bytes
 
     def _plan_activations(self, limit_bytes: int, demand: StepDemand) -> None:
         """The largest step whose KV memory and activations fit the lease together. KV memory that the step does not
@@ -381,11 +384,16 @@ class ElasticKv:
         self._words.hold(moments, self.activations.held_bytes)
 
     def _books(self, demand: StepDemand) -> StepBooks:
+        rest_bytes = self._rest * self._extent_bytes
         charged = self._settings.charge_activations
         step_bytes = self.activations.bytes_for(demand.tokens_wanted, demand.rows) if charged else 0
         return StepBooks(
             used_blocks=self.parking.used_blocks,
             mapped_blocks=self.parking.mapped_blocks,
-            demand_bytes=max(self._wanted, self._rest) * self._extent_bytes + step_bytes,
+            demand_bytes=max(self._wanted * self._extent_bytes, rest_bytes) + step_bytes,
+            floor_bytes=rest_bytes + (self._least_step_bytes(demand) if charged else 0),
             token_budget=self._allowance.tokens,
         )
+
+    def _least_step_bytes(self, demand: StepDemand) -> int:
+        return self.activations.bytes_for(demand.tokens_least, demand.tokens_least)

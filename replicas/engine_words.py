@@ -22,13 +22,15 @@ class StepBooks(NamedTuple):
 
     Attributes:
         used_blocks, mapped_blocks: of the KV cache, all groups.
-        demand_bytes: of KV memory and activations that the queues could use now.
+        demand_bytes: of KV memory and activations that the queues could use now; floor_bytes: of them when idle, with
+            the smallest step's activations.
         token_budget: of the step.
     """
 
     used_blocks: int
     mapped_blocks: int
     demand_bytes: int
+    floor_bytes: int
     token_budget: int
 
 
@@ -73,6 +75,7 @@ class EngineWords:
         row = self._row
         row.set(EngineWord.USED_BYTES, books.used_blocks * self._block_bytes)
         row.set(EngineWord.DEMAND_BYTES, books.demand_bytes)
+        row.set(EngineWord.FLOOR_BYTES, books.floor_bytes)
         row.set(EngineWord.TOKEN_BUDGET, books.token_budget)
         row.set(EngineWord.RUNNING, demand.running)
         row.set(EngineWord.WAITING, demand.waiting)

@@ -12,6 +12,7 @@ from memory_agent.tenant import EngineTerms
 UNIT = LIMIT_UNIT_BYTES
 BUDGET = 1024 * UNIT
 GUARANTEE = 100 * UNIT
+FLOOR = 20 * UNIT
 
 
 class Processes:
@@ -47,6 +48,7 @@ def appear(row: Row, pid: int, workers: tuple[tuple[int, int], ...] = ()) -> Non
     row.set(EngineWord.WORKER_COUNT, len(workers))
     row.set(EngineWord.BLOCK_BYTES, UNIT)
     row.set(EngineWord.BLOCKS_CEILING, BUDGET // UNIT)
+    row.set(EngineWord.FLOOR_BYTES, FLOOR)
     row.set(EngineWord.PID, pid)
 
 

@@ -9,7 +9,8 @@ from memory_agent.errors import SettingsError
 from memory_agent.lease_board import MAX_ROWS, AgentWord, EngineWord, RowState
 from memory_agent.lease_keeper import LeaseKeeper
 from memory_agent.reports import PressureLevel
-from tests.unit.memory_agent.board_players import BUDGET, GUARANTEE, UNIT, Clock, Processes, appear, terms
+from memory_agent.tenant import LEND_AFTER_S
+from tests.unit.memory_agent.board_players import BUDGET, FLOOR, GUARANTEE, UNIT, Clock, Processes, appear, terms
 
 
 def test_registered_engine_holds_its_guarantee(keeper: LeaseKeeper, clock: Clock) -> None:
@@ -58,7 +59,7 @@ def test_stopped_engine_keeps_its_bytes(keeper: LeaseKeeper, clock: Clock, proce
     clock.tick(100, asking)
     assert stopped.state is RowState.LIVE
     assert asking.lease.limit_bytes == BUDGET // 2
-    assert asking.get(AgentWord.TARGET_BYTES) == BUDGET - GUARANTEE
+    assert asking.get(AgentWord.TARGET_BYTES) == BUDGET - FLOOR
 
 
 def test_demand_moves_the_leases_between_two_engines(keeper: LeaseKeeper, clock: Clock) -> None:
@@ -105,7 +106,7 @@ def test_a_quiet_device_still_notices_everything(keeper: LeaseKeeper, clock: Clo
     clock.tick(100, row, other)
     row.set(EngineWord.DEMAND_BYTES, BUDGET)
     clock.tick(2, row, other)
-    assert row.lease.limit_bytes == BUDGET - GUARANTEE
+    assert row.lease.limit_bytes == BUDGET - FLOOR
     clock.tick(100, row, other)
     processes.end(engine)
     clock.until(lambda: other.state is RowState.FREE)
@@ -189,14 +190,49 @@ def test_a_ceiling_below_what_is_held_shrinks_by_the_protocol(keeper: LeaseKeepe
     assert [row.lease.limit_bytes for row in rows] == [GUARANTEE, BUDGET - GUARANTEE]
 
 
+def test_a_guarantee_that_nobody_asks_for_is_lent_and_comes_back(keeper: LeaseKeeper, clock: Clock) -> None:
+    """A while after its last request an engine keeps its floor alone; when it asks again it gets of its guarantee what
+    it needs, though its neighbour wants everything, and that is no pressure."""
+    rows = [keeper.register(terms("a")), keeper.register(terms("b"))]
+    for row in rows:
+        appear(row, os.getpid())
+        row.set(EngineWord.DEMAND_BYTES, BUDGET)
+    clock.tick(10, *rows)
+    rows[0].set(EngineWord.DEMAND_BYTES, FLOOR)
+    clock.tick(round(0.9 * LEND_AFTER_S / 0.05), *rows)
+    assert rows[0].lease.limit_bytes >= GUARANTEE
+    clock.tick(round(2 * LEND_AFTER_S / 0.05), *rows)
+    assert [row.lease.limit_bytes for row in rows] == [FLOOR, BUDGET - FLOOR]
+    rows[0].set(EngineWord.DEMAND_BYTES, 80 * UNIT)
+    clock.tick(4, *rows)
+    assert [row.lease.limit_bytes for row in rows] == [80 * UNIT, BUDGET - 80 * UNIT]
+    assert keeper.tenants[0].pressure.level < PressureLevel.CRITICAL
+
+
+def test_short_requests_below_the_guarantee_rarely_change_a_limit(keeper: LeaseKeeper, clock: Clock) -> None:
+    """One every second, beside a greedy neighbour: what they need is kept between them."""
+    rows = [keeper.register(terms("a")), keeper.register(terms("b"))]
+    for row in rows:
+        appear(row, os.getpid())
+    rows[1].set(EngineWord.DEMAND_BYTES, BUDGET)
+    clock.tick(100, *rows)
+    before = rows[0].lease.revision
+    for number in range(60):
+        rows[0].set(EngineWord.DEMAND_BYTES, FLOOR + (30 + number % 10) * UNIT)
+        clock.tick(4, *rows)
+        rows[0].set(EngineWord.DEMAND_BYTES, FLOOR)
+        clock.tick(16, *rows)
+    assert rows[0].lease.revision - before <= 2
+
+
 def test_a_raised_guarantee_is_taken_from_the_neighbour(keeper: LeaseKeeper, clock: Clock) -> None:
-    """An engine that asks for nothing gets its new guarantee, though its neighbour wants everything."""
+    """An engine that asks for its new guarantee gets it, though its neighbour wants everything."""
     rows = [keeper.register(terms("a")), keeper.register(terms("b"))]
     for row in rows:
         appear(row, os.getpid())
     rows[1].set(EngineWord.DEMAND_BYTES, BUDGET)
     clock.tick(10, *rows)
-    assert rows[0].lease.limit_bytes == GUARANTEE
     keeper.set_limits("a", 300 * UNIT, BUDGET)
+    rows[0].set(EngineWord.DEMAND_BYTES, 300 * UNIT)
     clock.tick(10, *rows)
     assert [row.lease.limit_bytes for row in rows] == [300 * UNIT, BUDGET - 300 * UNIT]

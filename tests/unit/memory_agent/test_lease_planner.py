@@ -33,13 +33,27 @@ class Engine:
     read: tuple[int, int] = (0, 0)
     acknowledged: int = 0
     committed: int = 0
+    floor: int | None = None
     changes: list[int] = field(default_factory=list)
+
+    @property
+    def promised(self) -> int:
+        """All of the guarantee, or where there is a floor, as much of it as is asked for."""
+        return self.guarantee if self.floor is None else min(self.guarantee, max(self.floor, self.demand))
 
     def claim(self) -> LeaseClaim:
         if self.acknowledged == self.revision:
             self.exposure = self.limit
         return LeaseClaim(
-            self.name, self.guarantee, self.ceiling, self.committed, self.exposure, self.demand, self.limit, self.weight
+            self.name,
+            self.guarantee,
+            self.ceiling,
+            self.committed,
+            self.exposure,
+            self.demand,
+            self.limit,
+            self.weight,
+            self.promised,
         )
 
     def take(self, decision: LeaseDecision) -> None:
@@ -108,6 +122,17 @@ def test_one_engine_gets_what_the_others_do_not_use() -> None:
     idle.demand = BUDGET
     settle(engines)
     assert greedy.committed == idle.committed == BUDGET // 2
+
+
+def test_a_guarantee_that_is_not_asked_for_is_lent() -> None:
+    """A greedy engine gets all but the idle one's floor; asked for, the guarantee comes back before the other's
+    demand."""
+    greedy, idle = engines = [Engine("a", 100 * UNIT, demand=BUDGET), Engine("b", 400 * UNIT, floor=10 * UNIT)]
+    settle(engines)
+    assert (greedy.limit, idle.limit) == (BUDGET - 10 * UNIT, 10 * UNIT)
+    idle.demand = 300 * UNIT
+    settle(engines)
+    assert (greedy.limit, idle.limit) == (BUDGET - 300 * UNIT, 300 * UNIT)
 
 
 def test_grant_waits_for_the_release() -> None:
@@ -267,10 +292,16 @@ class AdversarialEngines(RuleBasedStateMachine):
         self.arrived = 0
         self.allowed = self.budget
 
-    @rule(target=engines, guarantee=st.integers(1, 400 * UNIT), weight=st.sampled_from([1, 500, 1000, 9000]))
-    def arrive(self, guarantee: int, weight: int) -> Engine:
+    @rule(
+        target=engines,
+        guarantee=st.integers(1, 400 * UNIT),
+        weight=st.sampled_from([1, 500, 1000, 9000]),
+        lends=st.booleans(),
+    )
+    def arrive(self, guarantee: int, weight: int, lends: bool) -> Engine:
         self.arrived += 1  # a name is never used again, as an engine's id is not
         engine = Engine(str(self.arrived), guarantee, ceiling=max(guarantee, self.budget), weight=weight)
+        engine.floor = guarantee // 8 if lends else None
         try:
             check_guarantees({one.name: one.guarantee for one in [*self.all, engine]}, self.budget)
         except SettingsError:
@@ -330,29 +361,34 @@ class AdversarialEngines(RuleBasedStateMachine):
             assert sum(engine.claim().held_bytes for engine in self.all) <= self.budget
 
     def teardown(self) -> None:
-        """However the trace went: when all follow, each gets its guarantee, and what its demand deserves but a band."""
+        """However the trace went: when all follow, each gets what is promised, and what its demand deserves but a band;
+        and when all ask for it, each gets its guarantee."""
         if not getattr(self, "all", None):
             return
         settle(self.all, rounds=20, budget=self.budget)
         for engine, deserved in zip(self.all, reference_shares(self.all, self.budget), strict=True):
-            assert engine.limit >= engine.guarantee
+            assert engine.limit >= engine.promised
             assert engine.limit >= deserved - self.budget // 32 - (len(self.all) + 1) * UNIT
             assert engine.limit < max(engine.ceiling, engine.guarantee) + UNIT
         changes = sum(len(engine.changes) for engine in self.all)
         settle(self.all, rounds=10, budget=self.budget)
         assert sum(len(engine.changes) for engine in self.all) == changes, "constant demand, but limits go on moving"
+        for engine in self.all:
+            engine.demand = self.budget
+        settle(self.all, rounds=20, budget=self.budget)
+        assert all(engine.limit >= engine.guarantee for engine in self.all)
 
 
 def reference_shares(engines: Sequence[Engine], budget: int) -> list[float]:
-    """Weighted max-min fair shares above the guarantees, by bisection on the water level."""
-    wants = [max(0, min(engine.demand, engine.ceiling) - engine.guarantee) for engine in engines]
-    surplus = budget - sum(engine.guarantee for engine in engines)
+    """Weighted max-min fair shares above what is promised, by bisection on the water level."""
+    wants = [max(0, min(engine.demand, engine.ceiling) - engine.promised) for engine in engines]
+    surplus = budget - sum(engine.promised for engine in engines)
     low, high = 0.0, 2.0 * max(budget, 1)
     for _ in range(100):
         level = (low + high) / 2
         used = sum(min(want, level * engine.weight) for want, engine in zip(wants, engines, strict=True))
         low, high = (level, high) if used <= surplus else (low, level)
-    return [engine.guarantee + min(want, low * engine.weight) for want, engine in zip(wants, engines, strict=True)]
+    return [engine.promised + min(want, low * engine.weight) for want, engine in zip(wants, engines, strict=True)]
 
 
 AdversarialEngines.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)

@@ -14,6 +14,7 @@ from memory_agent.tenant import EngineTerms
 from tests.unit.replicas.modelless_engine import (
     BLOCK_BYTES,
     GUARANTEE_BLOCKS,
+    LONGEST_TOKENS,
     Clock,
     ModellessEngine,
     modelless_spec,
@@ -104,6 +105,25 @@ def test_a_silent_engine_keeps_its_bytes_and_goes_on_afterwards(device: Device) 
     assert busy.row.lease.limit_bytes <= (BUDGET_BLOCKS - kept) * BLOCK_BYTES
     device.run(random.Random(0))
     assert len(silent.finished) == len(busy.finished) == 6
+
+
+def test_the_guarantee_of_an_idle_engine_is_lent_and_comes_back(device: Device) -> None:
+    """Beside an idle neighbour an engine holds more than the neighbour's guarantee leaves; the neighbour's longest
+    request then waits for the bytes, gets them, and all finish."""
+    idle, busy = device.engines
+    for _ in range(500):
+        device.step(idle, busy)
+    for number in range(8):
+        busy.ask(f"r{number}", prompt=200, tokens=250)
+    most = 0
+    for _ in range(150):
+        device.step(busy, idle)
+        most = max(most, busy.held_blocks)
+    assert most > BUDGET_BLOCKS - GUARANTEE_BLOCKS
+    idle.ask("long", prompt=LONGEST_TOKENS - 20, tokens=19)
+    device.run(random.Random(0))
+    assert idle.finished == {"long"}
+    assert len(busy.finished) == 8
 
 
 def test_a_gap_of_an_hour_in_everybodys_clock_ends_nothing(device: Device) -> None:
