@@ -1,6 +1,6 @@
 """Two models with bursts that alternate: one device that both share, against one that is split in half.
 
-    split    two static engines, each with half of the bytes and its step size tuned
+    split    two static engines, each with half of the bytes, which just hold a longest request, and its step size tuned
     shared   two elastic engines whose leases a memory agent gives, all bytes together
 
 two_models_ttft_p99_ratio   TTFT p99 of all requests on the split device over that on the shared one
@@ -38,21 +38,19 @@ MAX_MODEL_LEN = 512
 BLOCK_TOKENS = 32
 MAX_NUM_SEQS = 8
 CHUNKS = (128, 256, 512)
-BURST = Job(requests=6, prompt=140, output=360)
+BURST = Job(requests=4, prompt=250, output=256)
 BURSTS = 2
 """Of each model, in turn."""
-DEVICE_OVER_GUARANTEES = 2
-"""What is guaranteed to a model is not lent to the other one; half of the device is guaranteed to nobody."""
 SEED = 41
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Device bytes, those guaranteed to each model, and how the split device is used: the step size and KV blocks of
-    each half."""
+    """Device bytes, those that a model without requests keeps, and how the split device is used: the step size and KV
+    blocks of each half."""
 
     device_bytes: int
-    promised_bytes: int
+    idle_bytes: int
     chunk: int
     half_blocks: int
 
@@ -61,12 +59,14 @@ async def run(folder: Path) -> Outcome:
     """Calibrate, print the bound, run both devices in turns. ``folder``: for lease boards."""
     model = bench_model(MAX_MODEL_LEN, BLOCK_TOKENS)
     memory = await measure_memory(model)
-    promised_bytes = elastic_spec(model, MAX_NUM_SEQS, 0, MAX_MODEL_LEN).guarantee_bytes
-    half_bytes = DEVICE_OVER_GUARANTEES * -(-promised_bytes // LIMIT_UNIT_BYTES) * LIMIT_UNIT_BYTES
+    shared = elastic_spec(model, MAX_NUM_SEQS, 0, MAX_MODEL_LEN)
+    least_bytes = memory.activation_bytes(CHUNKS[0]) + model.longest_blocks * model.block_bytes
+    half_bytes = -(-max(least_bytes, shared.guarantee_bytes) // LIMIT_UNIT_BYTES) * LIMIT_UNIT_BYTES
+    idle_bytes = shared.kv_rest_bytes + memory.activation_bytes(MAX_NUM_SEQS)
     async with racer("calibration", elastic_spec(model, MAX_NUM_SEQS, 8 * half_bytes, MAX_MODEL_LEN), folder) as one:
         speed = await measure_speed(one, BURST, CHUNKS, (1, 8))
     chunk = best_chunk(BURST, half_bytes, memory, speed, model.longest_blocks)
-    plan = Plan(2 * half_bytes, promised_bytes, chunk, memory.blocks(half_bytes, chunk))
+    plan = Plan(2 * half_bytes, idle_bytes, chunk, memory.blocks(half_bytes, chunk))
     gap_s = _gap_s(plan, memory, speed)
     works = [_work(gap_s, BURSTS, SEED + model) for model in range(2)]
     bound = _bound(plan, memory, speed, works[0])
@@ -127,10 +127,10 @@ def _half(plan: Plan, memory: Memory, speed: Speed) -> Server:
 
 
 def _bound(plan: Plan, memory: Memory, speed: Speed, work: Workload) -> dict[str, float]:
-    """TTFT p99 where each model has its half, and where the one with a burst has all that is not guaranteed to the
-    other. The bursts do not overlap, so one model is forecast for both."""
+    """TTFT p99 where each model has its half, and where the one with a burst has all that the other does not keep.
+    The bursts do not overlap, so one model is forecast for both."""
     half = _half(plan, memory, speed)
-    shared = replace(half, blocks=memory.blocks(plan.device_bytes - plan.promised_bytes, MAX_NUM_SEQS) - 1)
+    shared = replace(half, blocks=memory.blocks(plan.device_bytes - plan.idle_bytes, MAX_NUM_SEQS) - 1)
     dues = due_times(Replay(), work.requests, SEED)
     return {
         name: _ttft_p99_s(forecast(server, work.requests, dues))
