@@ -1,0 +1,19 @@
+"""What is checked before anything is started."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cluster.preflight import check_shared_memory
+from memory_agent.errors import SettingsError
+
+
+def test_host_buffers_beyond_shared_memory_are_refused_with_the_numbers(tmp_path: Path) -> None:
+    """What is free fits, a block more does not, and the message says what there is and what to do."""
+    system = os.statvfs(tmp_path)
+    free_bytes = system.f_bavail * system.f_frsize
+    check_shared_memory(free_bytes // 2, tmp_path)
+    with pytest.raises(SettingsError, match=r"lower memory\.host_buffer, or give .* \(--shm-size\)") as refused:
+        check_shared_memory(2 * free_bytes, tmp_path)
+    assert f"take {2 * free_bytes >> 20} MiB, but {tmp_path} has" in str(refused.value)
