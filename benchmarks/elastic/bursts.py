@@ -11,8 +11,10 @@ Ours is elastic memory with the host buffer, which has four times the device's b
 for prompts by that SLO.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +47,8 @@ BURSTINESS = 0.5
 FORECAST_RATES = 24
 MEASURED = 5
 """Rates that are measured: from below A's expected goodput to beyond ours."""
+_LOWER = 3
+"""How often the rate is halved for a variant that keeps its SLO at none of these."""
 _IDLE_SHARE = 0.4
 """A variant is not measured at rates below this share of its expected goodput."""
 SEED = 21
@@ -59,20 +63,16 @@ async def run(folder: Path, trace: Path | None = None) -> Outcome:
         bound = {name: rate_at_target(points) for name, points in expected.items()}
         print(f"SLO: TTFT {slo.ttft_ms:.0f} ms, TPOT {slo.tpot_ms:.0f} ms")
         print("bound, requests/s: " + ", ".join(f"{name} {rate:.3f}" for name, rate in bound.items()), flush=True)
-        curves: dict[str, list[RatePoint]] = {name: [] for name in found.field}
-        for number, rate in enumerate(np.geomspace(0.8 * bound["A"], 1.25 * bound[OURS], MEASURED)):
-            work = _work(trace, rate, SEED + number)  # other prompts, so that none is cached
-            field = {name: one for name, one in found.field.items() if rate >= _IDLE_SHARE * bound[name]}
-            reports = await race(field, work, _arrivals(work, trace, rate), SEED, slo)
-            for name, report in reports.items():
-                curves[name].append(RatePoint.of(rate, report.records, slo))
-            told = ", ".join(
-                f"{name} {curves[name][-1].attainment:.0%} (TTFT p99 {curves[name][-1].ttft_p99_s:.1f} s)"
-                for name in reports
-            )
-            print(f"{rate:.3f} requests/s, {len(work.requests)} requests: {told}", flush=True)
-    goodput = {name: rate_at_target(points) for name, points in curves.items()}
-    ttft = {name: ttft_at(points, goodput[OURS]) for name, points in curves.items()}
+        curves = _Curves(found, trace)
+        highest = 1.25 * bound[OURS]
+        for rate in np.geomspace(0.8 * bound["A"], highest, MEASURED):
+            names = [name for name in found.field if rate >= min(_IDLE_SHARE * bound[name], highest)]
+            await curves.measure(rate, names)
+        for _ in range(_LOWER):
+            if lost := [name for name, points in curves.points.items() if not rate_at_target(points)]:
+                await curves.measure(min(curves.points[name][0].rate for name in lost) / 2, lost)
+    goodput = {name: rate_at_target(points) for name, points in curves.points.items()}
+    ttft = {name: ttft_at(points, goodput[OURS]) for name, points in curves.points.items()}
     expected_ttft = {name: ttft_at(points, bound[OURS]) for name, points in expected.items()}
     return Outcome(
         headline=advantage("goodput_ratio", goodput, OURS)
@@ -81,19 +81,19 @@ async def run(folder: Path, trace: Path | None = None) -> Outcome:
         | advantage("ttft_p99_ratio", expected_ttft, OURS, lower_is_better=True),
         details={
             **found.to_json(),
-            "workload_at_the_highest_rate": work.settings,
+            "workload": curves.workload,
             "burstiness": None if trace else BURSTINESS,
             "bound_requests_per_s": bound,
             "goodput_requests_per_s": goodput,
             "ttft_p99_s_at_our_goodput": ttft,
-            "curves": {name: [asdict(point) for point in points] for name, points in curves.items()},
+            "curves": {name: [asdict(point) for point in points] for name, points in curves.points.items()},
         },
         panels=[
             Panel(
                 title,
                 unit,
-                {name: [getattr(point, of) for point in points] for name, points in curves.items()},
-                x={name: [point.rate for point in points] for name, points in curves.items()},
+                {name: [getattr(point, of) for point in points] for name, points in curves.points.items()},
+                x={name: [point.rate for point in points] for name, points in curves.points.items()},
                 x_label="offered requests/s",
             )
             for title, unit, of in (
@@ -102,6 +102,33 @@ async def run(folder: Path, trace: Path | None = None) -> Outcome:
             )
         ],
     )
+
+
+class _Curves:
+    """What has been measured so far: ``points`` of each variant, by rate; ``workload`` of the last rate."""
+
+    def __init__(self, found: Contest, trace: Path | None) -> None:
+        self.points: dict[str, list[RatePoint]] = {name: [] for name in found.field}
+        self.workload: dict[str, Any] = {}
+        self._found = found
+        self._trace = trace
+        self._seed = SEED
+
+    async def measure(self, rate: float, names: Sequence[str]) -> None:
+        """Offer ``rate`` requests a second to these variants; no prompt comes twice, so none is cached."""
+        self._seed += 1
+        work = _work(self._trace, rate, self._seed)
+        field = {name: self._found.field[name] for name in names}
+        reports = await race(field, work, _arrivals(work, self._trace, rate), SEED, self._found.slo)
+        for name, report in reports.items():
+            self.points[name].append(RatePoint.of(rate, report.records, self._found.slo))
+            self.points[name].sort(key=lambda point: point.rate)
+        found = {name: next(point for point in self.points[name] if point.rate == rate) for name in names}
+        told = ", ".join(
+            f"{name} {one.attainment:.0%} (TTFT p99 {one.ttft_p99_s:.1f} s)" for name, one in found.items()
+        )
+        print(f"{rate:.3f} requests/s, {len(work.requests)} requests: {told}", flush=True)
+        self.workload = dict(work.settings)
 
 
 def _servers(found: Contest) -> dict[str, Server]:
