@@ -119,6 +119,7 @@ class ElasticPrefill:
         self._objectives = objectives
         self._size = LogicalSize(ceiling_blocks, floor_blocks, ceiling_blocks)
         self._pace = AnswerPace(objectives.tpot_s)
+        self._arrived_at: dict[str, float] = {}
         self._aside: dict[str, None] = {}  # in the order in which they were set aside
         self._urgent = False
         self._choice = Choice(displace=[], resume=[], admit=None)
@@ -140,13 +141,18 @@ class ElasticPrefill:
         least_s = self._objectives.ttft_s * _PAUSE
         return sorted((one for one, slack_s in slack.items() if slack_s > least_s), key=lambda one: -slack[one])
 
-    def observe(self, now_s: float, waiting_s: float, tokens: Mapping[str, int]) -> None:
+    def arrive(self, request_id: str, now_s: float) -> None:
+        """A request has come. One of which this is not told, of a warm-up, has no objective."""
+        self._arrived_at[request_id] = now_s
+
+    def observe(self, now_s: float, newcomer: str | None, tokens: Mapping[str, int]) -> None:
         """An iteration.
 
         Args:
-            waiting_s: how long the oldest request without a token has waited; 0 where none does.
+            newcomer: the oldest request without a token, if one waits.
             tokens: output tokens so far of each request that has some and has not ended.
         """
+        waiting_s = now_s - self._arrived_at.get(newcomer, now_s) if newcomer is not None else 0.0
         self._pace.observe(now_s, tokens)
         self._urgent = waiting_s > self._objectives.ttft_s * _SOON
         sample = SloSample(ttft=waiting_s > self._objectives.ttft_s, tpot=self._pace.late)
@@ -173,4 +179,5 @@ class ElasticPrefill:
     def forget(self, request_id: str) -> None:
         """The request has ended."""
         self._aside.pop(request_id, None)
+        self._arrived_at.pop(request_id, None)
         self._pace.forget(request_id)

@@ -9,7 +9,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from memory_agent.lease_board import EngineWord, ReplicaWord
 from replicas.elastic_connector import ElasticKVConnector
@@ -19,6 +19,7 @@ from replicas.kv_geometry import check_guarantee
 from replicas.kv_plan import blocks_ahead
 from replicas.step_demand import StepDemand
 from replicas.vllm_adapter import check_scheduler, preempt, preempt_last, returning_blocks
+from replicas.warm_up import is_warm_up
 
 _MOST_RESERVE_BLOCKS = 16
 """Bound on the blocks kept mapped beyond what the queues ask for."""
@@ -44,6 +45,11 @@ class _Elastic(Scheduler):
         self._own_active = self.max_num_active_reqs
         self._preemptions = 0
         self._target_revision = 0
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)
+        if self._elastic_connector.prefill is not None and not is_warm_up(request.request_id):
+            self._elastic_connector.prefill.arrive(request.request_id, self.now_s())
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         kv = self._kv
@@ -77,6 +83,10 @@ class _Elastic(Scheduler):
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         with self._kv.parking.all_in_pool():
             return super().reset_prefix_cache(reset_running_requests, reset_connector)
+
+    def now_s(self) -> float:
+        """The clock of the objectives, monotonic seconds."""
+        return time.monotonic()
 
     @property
     def _kv(self) -> ElasticKv:
@@ -129,12 +139,12 @@ class _Elastic(Scheduler):
         many."""
         newcomer = next((request for request in self.waiting if not request.num_output_tokens), None)
         aside = [self.requests[request_id] for request_id in prefill.aside]
-        started = {r.request_id: r.num_output_tokens for r in (*self.running, *aside) if r.num_output_tokens}
-        waited_s = time.time() - newcomer.arrival_time if newcomer is not None else 0.0
-        prefill.observe(time.monotonic(), waited_s, started)
+        answers = [r for r in (*self.running, *aside) if r.num_output_tokens and not is_warm_up(r.request_id)]
+        started = {r.request_id: r.num_output_tokens for r in answers}
+        prefill.observe(self.now_s(), newcomer.request_id if newcomer is not None else None, started)
         if len(self.running) >= self.max_num_active_reqs or self.pause_state is not PauseState.UNPAUSED:
             newcomer = None  # it does not wait for memory
-        running = {r.request_id: r for r in self.running if r.num_output_tokens} if newcomer is not None else {}
+        running = {r.request_id: r for r in answers if r.status is RequestStatus.RUNNING} if newcomer else {}
         line = Line(
             free_blocks=self._kv.free_blocks - running_ahead,
             newcomer=self._claim(newcomer) if newcomer is not None else None,

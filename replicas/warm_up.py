@@ -12,12 +12,23 @@ from vllm.v1.engine import EngineCoreRequest
 from replicas.engine_host import EngineHost
 from replicas.hop import HopCodec
 
+_PREFIX = "warm-up-"
 _SIZES = (16, 16, 16, 64, 64, 512, 512)
 """Prompts, one step each: the first step of a process and the first one of its kind are not learned (ActivationMeter).
 Larger ones are measured as they come."""
 _ROWS = 32
 """Requests that decode together."""
 _DECODES = 6
+
+
+def warm_up_id(number: int) -> str:
+    """The id of a request of the warm-up."""
+    return f"{_PREFIX}{number}"
+
+
+def is_warm_up(request_id: str) -> bool:
+    """Is it a request of the warm-up, whose answer says nothing about those of users?"""
+    return request_id.startswith(_PREFIX)
 
 
 async def warm_up(engine: EngineHost) -> None:
@@ -31,7 +42,7 @@ async def warm_up(engine: EngineHost) -> None:
 
     async def generate(prompt: Sequence[int], tokens: int) -> None:
         request = EngineCoreRequest(
-            request_id=f"warm-up-{next(numbers)}",
+            request_id=warm_up_id(next(numbers)),
             prompt_token_ids=list(prompt),
             mm_features=None,
             sampling_params=SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True),

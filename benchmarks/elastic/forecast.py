@@ -84,7 +84,10 @@ class _Queues:
                 return False
             self._now = max(self._now, self.coming[0].record.sent_s)
         while self.coming and self.coming[0].record.sent_s <= self._now:
-            self._waiting.append(self.coming.popleft())
+            place = self.coming.popleft()
+            self._waiting.append(place)
+            if self._prefill is not None:
+                self._prefill.arrive(place.request_id, place.record.sent_s)
         if self._prefill is not None:
             self._make_way(self._prefill)
         if self._admits():
@@ -111,7 +114,7 @@ class _Queues:
         """What ElasticScheduler does with this policy."""
         new = next((place for place in self._waiting if not place.made), None)
         started = {place.request_id: place.made for place in (*self._running, *self._aside) if place.made}
-        prefill.observe(self._now, self._now - new.record.sent_s if new is not None else 0.0, started)
+        prefill.observe(self._now, new.request_id if new is not None else None, started)
         if len(self._running) >= self._server.seqs:
             new = None
         running = {place.request_id: place for place in self._running}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.elastic.engine_target import EngineTarget
+from benchmarks.elastic.running_clock import on_running_clock
 from benchmarks.elastic.step_log import StepLog
 from benchmarks.elastic.timed_scheduler import timed
 from benchmarks.elastic.turns import Player, TurnClock, in_turns
@@ -18,7 +19,7 @@ from cluster.bench.workload import Workload
 from memory_agent.lease_board import ReplicaWord
 from replicas.local_engine import Instruments, LocalEngine, local_engine
 from replicas.spec import EngineSpec
-from replicas.warm_up import compute
+from replicas.warm_up import compute, warm_up_id
 
 SHARING = 2
 """Racers compute as if so many engines shared the cores. With a thread on every core, one that loses its core to
@@ -62,7 +63,7 @@ async def racer(name: str, spec: EngineSpec, folder: Path, time_scheduler: bool 
     clock = TurnClock()
     log = StepLog(clock)
     times = folder / f"{name}.times" if time_scheduler else None
-    instruments = Instruments([log], timed(times) if times else None)
+    instruments = Instruments([log], timed(times) if times else on_running_clock)
     async with local_engine(spec, folder / f"{name}.board", SHARING, instruments) as engine:
         await warm_up(engine)
         log.steps.clear()
@@ -105,7 +106,7 @@ async def warm_up(engine: LocalEngine) -> None:
     numbers = itertools.count()
 
     async def generate(prompt: Sequence[int], tokens: int) -> None:
-        await engine.generate(prompt, tokens, f"warm-up-{next(numbers)}")
+        await engine.generate(prompt, tokens, warm_up_id(next(numbers)))
 
     model, scheduler = config.model_config, config.scheduler_config
     most = scheduler.max_num_batched_tokens

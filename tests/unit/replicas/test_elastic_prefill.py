@@ -77,7 +77,8 @@ def test_what_is_chosen_fits(
 def test_who_is_set_aside_stays_out_until_there_is_room() -> None:
     """Nobody new overtakes one that is set aside, but the prompt that it made way for."""
     prefill = ElasticPrefill(Objectives(1.0, 1.0), floor_blocks=50, ceiling_blocks=50)
-    prefill.observe(0.0, waiting_s=0.6, tokens={})
+    prefill.arrive("new", 0.0)
+    prefill.observe(0.6, "new", tokens={})
     assert list(prefill.decide(line(free=0, newcomer=3, movable=(3,)))) == ["run0"]
     assert prefill.holds("run0", new=False)
     assert not prefill.holds("new", new=True)
@@ -91,22 +92,23 @@ def test_who_is_set_aside_stays_out_until_there_is_room() -> None:
 def test_those_who_can_wait_longest_make_way_and_those_who_cannot_do_not() -> None:
     """The answer that began last has most of its time left; one whose time is nearly over is left alone."""
     prefill = ElasticPrefill(Objectives(ttft_s=4.0, tpot_s=1.0), floor_blocks=50, ceiling_blocks=50)
-    prefill.observe(0.0, waiting_s=0.0, tokens={"early": 1})
-    prefill.observe(30.0, waiting_s=0.0, tokens={"early": 1, "late": 1})
+    prefill.observe(0.0, newcomer=None, tokens={"early": 1})
+    prefill.observe(30.0, newcomer=None, tokens={"early": 1, "late": 1})
     assert prefill.movable(["early", "late"]) == ["late", "early"]
-    prefill.observe(62.0, waiting_s=0.0, tokens={"early": 1, "late": 1})
+    prefill.observe(62.0, newcomer=None, tokens={"early": 1, "late": 1})
     assert prefill.movable(["early", "late"]) == ["late"]
     prefill.forget("late")
-    prefill.observe(70.0, waiting_s=0.0, tokens={"early": 1, "new": 1})
+    prefill.observe(70.0, newcomer=None, tokens={"early": 1, "new": 1})
     assert prefill.movable(["early", "new"]) == ["new"]
 
 
 def test_nobody_moves_while_there_is_time() -> None:
     """A prompt that has waited for less than a fifth of its objective displaces nobody."""
     prefill = ElasticPrefill(Objectives(1.0, 1.0), floor_blocks=50, ceiling_blocks=50)
-    prefill.observe(0.0, waiting_s=0.1, tokens={})
+    prefill.arrive("new", 7.0)
+    prefill.observe(7.1, "new", tokens={})
     assert not prefill.decide(line(free=0, newcomer=3, movable=(3,)))
-    prefill.observe(0.2, waiting_s=0.3, tokens={})
+    prefill.observe(7.3, "new", tokens={})
     assert prefill.decide(line(free=0, newcomer=3, movable=(3,)))
 
 
@@ -116,9 +118,10 @@ def test_the_size_follows_the_objectives() -> None:
     prefill = ElasticPrefill(Objectives(ttft_s=1.0, tpot_s=0.5), floor_blocks=4, ceiling_blocks=12)
     assert prefill.logical_blocks == 12
     for step in range(400):
-        prefill.observe(now_s=step / 5, waiting_s=0.0, tokens={"a": 1})
+        prefill.observe(now_s=step / 5, newcomer=None, tokens={"a": 1})
     assert prefill.logical_blocks == 4
     prefill.forget("a")
+    prefill.arrive("new", 98.0)
     for step in range(200):
-        prefill.observe(now_s=100 + step / 10, waiting_s=2.0, tokens={})
+        prefill.observe(now_s=100 + step / 10, newcomer="new", tokens={})
     assert prefill.logical_blocks == 12
