@@ -6,6 +6,8 @@ has no key.
 
 import argparse
 import asyncio
+import signal
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
@@ -49,6 +51,8 @@ def main() -> None:
     chosen = {name: SCENARIOS[name] for name in args.scenario or SCENARIOS}
     if args.trace and chosen.pop("bursts", None):
         chosen["bursts-of-trace"] = partial(bursts.run, trace=args.trace)
+    # Engines that are stopped for their turn cannot notice that this process is gone: it must not end without them.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     outcomes = asyncio.run(run(chosen))
     print(draw(outcomes))
     print(headline_line(outcomes))
