@@ -10,29 +10,15 @@ The driver does not promise cleared memory, so ``create`` clears it. ``cuMemUnma
 cases, so ``unmap`` does. Both wait for the device: neither may be called while a CUDA graph is being captured.
 """
 
-import importlib
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from memory_agent.cuda_driver import CudaDriver
+from memory_agent.cuda_scratch import Scratch
 from memory_agent.errors import OutOfDeviceMemory, SettingsError
 from memory_agent.vmm import ChunkHandle, ContractViolation, VmmLedger
-
-logger = logging.getLogger(__name__)
-
-
-class CudaError(RuntimeError):
-    """The driver refused for a reason that waiting does not cure: a defect, or a context that a kernel has broken."""
-
-
-def load_driver() -> Any:
-    """The CUDA driver API of cuda-python. Raises SettingsError where it is not installed."""
-    try:
-        return importlib.import_module("cuda.bindings.driver")
-    except ImportError as error:
-        raise SettingsError("CUDA memory needs cuda-python: pip install 'ellm-cluster[gpu]'") from error
 
 
 class CudaVmm:
@@ -51,18 +37,20 @@ class CudaVmm:
     max_mappings = sys.maxsize  # the driver documents no bound
 
     def __init__(self, device: int = 0, driver: Any = None) -> None:
-        self._driver = load_driver() if driver is None else driver
+        self._driver = CudaDriver(driver)
+        self._call, self._quietly = self._driver.call, self._driver.quietly
         self._closed = True
         self._imported: set[ChunkHandle] = set()
         self._window = 0
         self._window_bytes = 0
         self._in_window: ChunkHandle | None = None
+        self._scratch: Scratch | None = None
         try:
             self._call("cuInit", 0)
             self._device = self._call("cuDeviceGet", device)
             self._check_device(device)
             self._properties, self._access = self._describe(device)
-            minimum = self._driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+            minimum = self._driver.api.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
             self.granularity_bytes = int(self._call("cuMemGetAllocationGranularity", self._properties, minimum))
             self._ledger = VmmLedger(self.granularity_bytes)
             self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
@@ -71,7 +59,7 @@ class CudaVmm:
         try:
             with self._current_context():
                 # Non-blocking: clearing a chunk does not wait for the kernels of the legacy default stream.
-                self._stream = self._call("cuStreamCreate", int(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+                self._stream = self._call("cuStreamCreate", int(self._driver.api.CUstream_flags.CU_STREAM_NON_BLOCKING))
         except BaseException:  # undone whatever the reason, then raised again
             self._quietly("cuDevicePrimaryCtxRelease", self._device)
             raise
@@ -83,8 +71,35 @@ class CudaVmm:
         self._ledger.ranges[address] = size_bytes
         return address
 
+    def back(self, address: int, size_bytes: int, slot_bytes: int) -> None:
+        """Show one scratch chunk, zeroed, in every slot of this reserved range that has no chunk, now and from now on
+        (``memory_agent.cuda_scratch``).
+
+        One range of a backend can be backed, before anything is mapped into it; chunks for it are of ``slot_bytes``, at
+        slots of that size. Raises OutOfDeviceMemory; then ``close`` is all that is left to do.
+        """
+        if self._scratch is not None or self._ledger.ranges.get(address) != size_bytes or size_bytes % slot_bytes:
+            raise ContractViolation(f"no range of {size_bytes} bytes at {address:#x} that slots of {slot_bytes} fill")
+        chunk = self.create(slot_bytes)
+        del self._ledger.chunks[chunk]  # nobody's
+        slots = range(address, address + size_bytes, slot_bytes)
+        self._scratch = Scratch(self._driver, chunk, slots, self._map)
+        with self._current_context():
+            for slot in slots:
+                self._scratch.show(slot)
+
+    def clear_scratch(self) -> None:
+        """Zero what was written where no chunk is. Kernels that write there must be done."""
+        if self._scratch is not None:
+            self._clear(self._scratch.chunk)
+
     def free(self, address: int, size_bytes: int) -> None:
         self._ledger.check_free(address, size_bytes)
+        if self._scratch is not None and address in self._scratch.slots:
+            with self._current_context():
+                self._call("cuCtxSynchronize")
+                self._scratch.close()
+            self._scratch = None
         self._call("cuMemAddressFree", address, size_bytes)
         del self._ledger.ranges[address]
 
@@ -108,9 +123,17 @@ class CudaVmm:
         self._imported.discard(handle)
 
     def map(self, address: int, handle: ChunkHandle) -> None:
+        """As the contract says. In a backed range it waits for the device, as ``unmap`` does."""
         self._ledger.check_map(address, handle)
         with self._current_context():
-            self._map(address, handle)
+            if self._scratch is not None:
+                self._scratch.hide(address)
+            try:
+                self._map(address, handle)
+            except BaseException:  # undone whatever the reason, then raised again
+                if self._scratch is not None:
+                    self._scratch.show_again(address)
+                raise
         self._ledger.map(address, handle)
 
     def unmap(self, address: int, size_bytes: int) -> None:
@@ -120,12 +143,14 @@ class CudaVmm:
         with self._current_context():
             self._call("cuCtxSynchronize")
             self._call("cuMemUnmap", address, size_bytes)
-        self._ledger.unmap(address)
+            self._ledger.unmap(address)
+            if self._scratch is not None:
+                self._scratch.show_again(address)
 
     def held_bytes(self) -> int:
         """Bytes of the driver's allocations that this backend has created and not released. The driver commits them
         whole, but tells nobody how many are one process's: cuMemGetInfo counts the device. Imported chunks count where
-        they were created."""
+        they were created; the scratch chunk counts nowhere."""
         held = [handle for handle in self._ledger.chunks if handle not in self._imported]
         return sum(handle.size_bytes for handle in (*held, *([self._in_window] if self._in_window else [])))
 
@@ -134,6 +159,13 @@ class CudaVmm:
         with self._current_context():
             free, total = self._call("cuMemGetInfo")
         return int(free), int(total)
+
+    def check_device(self) -> None:
+        """Raise ContractViolation where the device counts less memory taken, by all processes, than this backend holds:
+        then ``held_bytes`` is wrong."""
+        free, total = self.device_bytes()
+        if total - free < self.held_bytes():
+            raise ContractViolation(f"{self.held_bytes()} bytes are held, the device counts {total - free} taken")
 
     def export_fd(self, handle: ChunkHandle) -> int:
         """A file descriptor that stands for a living chunk, for another process on this host; the caller closes it."""
@@ -166,6 +198,9 @@ class CudaVmm:
         if self._in_window is not None:
             self._quietly("cuMemUnmap", self._window, self._in_window.size_bytes)
             self._in_window = None
+        if self._scratch is not None:
+            self._scratch.close()
+            self._scratch = None
         if self._window_bytes:
             self._quietly("cuMemAddressFree", self._window, self._window_bytes)
         for address, size_bytes in self._ledger.ranges.items():
@@ -178,10 +213,10 @@ class CudaVmm:
 
     @property
     def _handle_type(self) -> Any:
-        return self._driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        return self._driver.api.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 
     def _check_device(self, device: int) -> None:
-        attributes = self._driver.CUdevice_attribute
+        attributes = self._driver.api.CUdevice_attribute
         for needed in (
             attributes.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
             attributes.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
@@ -191,7 +226,7 @@ class CudaVmm:
 
     def _describe(self, device: int) -> tuple[Any, Any]:
         """(what cuMemCreate makes: pinned device memory that can be exported, who may access it: the device)."""
-        driver = self._driver
+        driver = self._driver.api
         on_device = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         properties = driver.CUmemAllocationProp()
         properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
@@ -246,25 +281,3 @@ class CudaVmm:
             yield
         finally:
             self._call("cuCtxPopCurrent")
-
-    def _call(self, name: str, *args: Any) -> Any:
-        """One driver call: its result, a tuple where there are several, None where there is none."""
-        error, *results = getattr(self._driver, name)(*args)
-        codes = self._driver.CUresult
-        if error == codes.CUDA_SUCCESS:
-            return results[0] if len(results) == 1 else tuple(results) or None
-        message = f"{name}: {self._text('cuGetErrorName', error)}, {self._text('cuGetErrorString', error)}"
-        if error == codes.CUDA_ERROR_OUT_OF_MEMORY:
-            raise OutOfDeviceMemory(f"{message}; the device's memory or this process's address space is used up")
-        raise CudaError(message)
-
-    def _text(self, name: str, error: Any) -> str:
-        found, text = getattr(self._driver, name)(error)
-        return text.decode() if found == self._driver.CUresult.CUDA_SUCCESS and text else f"error {int(error)}"
-
-    def _quietly(self, name: str, *args: Any) -> None:
-        """A driver call of ``close``: what it cannot give back goes with the process."""
-        try:
-            self._call(name, *args)
-        except (CudaError, OutOfDeviceMemory) as error:
-            logger.warning("closing CUDA memory: %s", error)

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memory_agent.chunks import ChunkOwner, ChunkPool
-from memory_agent.cuda_vmm import CudaError, CudaVmm
+from memory_agent.cuda_driver import CudaError
+from memory_agent.cuda_vmm import CudaVmm
 from memory_agent.errors import OutOfDeviceMemory, SettingsError
 from memory_agent.vmm import ContractViolation
 
@@ -190,6 +191,106 @@ def test_an_exported_chunk_is_the_same_memory_elsewhere(driver: FakeCudaDriver, 
     assert driver.held == 0
     with pytest.raises(ContractViolation, match="not alive"):
         vmm.export_fd(handle)
+
+
+def backed(vmm: CudaVmm, slots: int) -> int:
+    address = vmm.reserve(slots * CHUNK)
+    vmm.back(address, slots * CHUNK, CHUNK)
+    return address
+
+
+def test_a_backed_range_shows_scratch_where_there_is_no_chunk(driver: FakeCudaDriver, vmm: CudaVmm) -> None:
+    """Slots without a chunk are one memory that nobody owns; a chunk takes its slot's place and leaves it again."""
+    address = backed(vmm, 3)
+    scratch = driver.memory(address)
+    assert scratch == bytes(CHUNK) and driver.memory(address + CHUNK) is scratch is driver.memory(address + 2 * CHUNK)
+    assert (vmm.held_bytes(), driver.held) == (0, CHUNK)
+    vmm.map(address + CHUNK, vmm.create(CHUNK))
+    driver.memory(address + CHUNK)[:4] = b"data"
+    assert scratch == bytes(CHUNK) and driver.memory(address + 2 * CHUNK) is scratch
+    vmm.unmap(address + CHUNK, CHUNK)
+    assert driver.memory(address + CHUNK) is scratch
+
+
+def test_a_backed_slot_changes_only_when_the_device_is_idle(driver: FakeCudaDriver, vmm: CudaVmm) -> None:
+    """A kernel that is queued may touch the scratch: neither it nor a chunk is taken from under it."""
+    address = backed(vmm, 2)
+    for change in (lambda: vmm.map(address, vmm.create(CHUNK)), lambda: vmm.unmap(address, CHUNK)):
+        driver.busy.add(address)
+        change()
+        assert not driver.busy
+    assert not driver.faults
+
+
+def test_scratch_can_be_cleared(driver: FakeCudaDriver, vmm: CudaVmm) -> None:
+    """What kernels wrote where no chunk is reads as zero afterwards, and chunks keep their data."""
+    address = backed(vmm, 2)
+    vmm.map(address, vmm.create(CHUNK))
+    driver.memory(address)[:4], driver.memory(address + CHUNK)[:4] = b"data", b"junk"
+    vmm.clear_scratch()
+    assert driver.memory(address + CHUNK) == bytes(CHUNK) and driver.memory(address)[:4] == b"data"
+
+
+@pytest.mark.parametrize("name", ["cuMemMap", "cuMemSetAccess"])
+def test_a_refused_map_into_a_backed_range_shows_scratch_again(driver: FakeCudaDriver, vmm: CudaVmm, name: str) -> None:
+    """As in any range nothing has changed, and the same then works."""
+    address, handle = backed(vmm, 2), vmm.create(CHUNK)
+    scratch = driver.memory(address)
+    driver.fail_at(name, 1, OOM)
+    with pytest.raises(OutOfDeviceMemory, match=name):
+        vmm.map(address, handle)
+    assert driver.memory(address) is scratch
+    vmm.map(address, handle)
+    assert driver.memory(address) is not scratch
+
+
+def test_an_unmap_is_done_where_the_scratch_is_refused(
+    driver: FakeCudaDriver, vmm: CudaVmm, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The slot then has no memory, which is logged; a chunk can still be mapped there, and scratch comes after it."""
+    address, handle = backed(vmm, 1), vmm.create(CHUNK)
+    vmm.map(address, handle)
+    driver.fail_at("cuMemMap", 1, OOM)
+    with caplog.at_level(logging.WARNING):
+        vmm.unmap(address, CHUNK)
+    assert address not in driver.mappings and "nothing is behind" in caplog.text
+    vmm.map(address, handle)
+    vmm.unmap(address, CHUNK)
+    assert driver.memory(address) == bytes(CHUNK)
+
+
+@pytest.mark.parametrize("end", ["free", "close"])
+def test_the_end_of_a_backed_range_leaves_nothing(driver: FakeCudaDriver, vmm: CudaVmm, end: str) -> None:
+    """Freed, or closed with a chunk mapped, the driver has the scratch and the addresses back."""
+    address = backed(vmm, 3)
+    if end == "free":
+        vmm.free(address, 3 * CHUNK)
+    else:
+        vmm.map(address, vmm.create(CHUNK))
+        vmm.close()
+    assert driver.held == 0 and not driver.mappings and address not in driver.reserved
+    vmm.close()
+    assert not driver.handles and driver.retained == 0
+
+
+def test_only_a_whole_range_is_backed_and_only_one(vmm: CudaVmm) -> None:
+    """Another size, slots that do not fill it, or a second range are contract violations."""
+    address = vmm.reserve(3 * CHUNK)
+    for size, slot in ((2 * CHUNK, CHUNK), (3 * CHUNK, 2 * CHUNK)):
+        with pytest.raises(ContractViolation, match="no range"):
+            vmm.back(address, size, slot)
+    vmm.back(address, 3 * CHUNK, CHUNK)
+    with pytest.raises(ContractViolation, match="no range"):
+        vmm.back(vmm.reserve(CHUNK), CHUNK, CHUNK)
+
+
+def test_a_device_that_counts_less_than_is_held_is_a_violation(driver: FakeCudaDriver, vmm: CudaVmm) -> None:
+    """The driver's free memory is checked against the backend's own count."""
+    handle = vmm.create(2 * CHUNK)
+    vmm.check_device()
+    driver.cuMemRelease(handle.id)
+    with pytest.raises(ContractViolation, match=f"{2 * CHUNK} bytes are held, the device counts 0 taken"):
+        vmm.check_device()
 
 
 def test_close_gives_everything_back(driver: FakeCudaDriver, vmm: CudaVmm) -> None:
