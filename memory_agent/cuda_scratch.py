@@ -33,6 +33,7 @@ class Scratch:
         self._driver = driver
         self._map = map_chunk
         self._showing: set[int] = set()
+        self._holes: set[int] = set()  # slots that have nothing, because the driver refused
 
     def show(self, address: int) -> None:
         """Put it behind a slot that has nothing. Other addresses are passed over. Raises what mapping raises."""
@@ -41,15 +42,21 @@ class Scratch:
             self._showing.add(address)
 
     def show_again(self, address: int) -> None:
-        """As ``show``, where a chunk was. If the driver refuses, the slot stays without memory, as in other ranges."""
-        try:
-            self.show(address)
-        except (CudaError, OutOfDeviceMemory) as error:
-            logger.warning("nothing is behind the addresses from %#x: %s", address, error)
+        """As ``show``, where a chunk was. If the driver refuses, the slot has no memory, as in other ranges, until the
+        next such call, which tries it again."""
+        self._holes.add(address)
+        for hole in sorted(self._holes):
+            try:
+                self.show(hole)
+            except (CudaError, OutOfDeviceMemory) as error:
+                logger.warning("nothing is behind the addresses from %#x: %s", hole, error)
+            else:
+                self._holes.discard(hole)
 
     def hide(self, address: int) -> None:
-        """Take it from a slot that shows it, when the device has done all that was queued. Raises CudaError; it is
-        still shown then."""
+        """Take it from a slot that shows it, when the device has done all that was queued, to put a chunk there. Raises
+        CudaError; it is still shown then."""
+        self._holes.discard(address)
         if address in self._showing:
             self._driver.call("cuCtxSynchronize")
             self._driver.call("cuMemUnmap", address, self.chunk.size_bytes)

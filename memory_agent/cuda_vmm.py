@@ -89,8 +89,10 @@ class CudaVmm:
                 self._scratch.show(slot)
 
     def clear_scratch(self) -> None:
-        """Zero what was written where no chunk is. Kernels that write there must be done."""
+        """Zero what was written where no chunk is, by kernels that are queued too."""
         if self._scratch is not None:
+            with self._current_context():
+                self._call("cuCtxSynchronize")
             self._clear(self._scratch.chunk)
 
     def free(self, address: int, size_bytes: int) -> None:

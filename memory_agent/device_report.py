@@ -1,6 +1,6 @@
 """Makes the report of one device: the board's words beside what the operating system says."""
 
-from memory_agent.lease_board import AgentWord, EngineWord, LeaseBoard, ReplicaWord
+from memory_agent.lease_board import NO_FD, AgentWord, EngineWord, LeaseBoard, ReplicaWord, Row
 from memory_agent.lease_keeper import LeaseKeeper
 from memory_agent.processes import file_bytes, resident_bytes
 from memory_agent.reports import DeviceReport, EngineReport
@@ -60,8 +60,8 @@ def sample_engine(tenant: Tenant) -> EngineReport:
         guarantee_bytes=tenant.guarantee_bytes,
         ceiling_bytes=row.get(AgentWord.CEILING_BYTES),
         weights_bytes=row.get(AgentWord.WEIGHTS_BYTES),
-        held_bytes_os=sum(file_bytes(worker, fd) for worker, fd in workers),
-        committed_bytes=max(0, row.get(EngineWord.COMMITTED_BYTES) - row.get(EngineWord.ACTIVATION_BYTES)),
+        held_bytes_os=_held_bytes(row),
+        committed_bytes=_committed_bytes(row),
         activation_bytes=row.get(EngineWord.ACTIVATION_BYTES),
         activation_held_bytes=row.get(EngineWord.ACTIVATION_HELD_BYTES),
         token_budget=row.get(EngineWord.TOKEN_BUDGET),
@@ -94,3 +94,16 @@ def sample_engine(tenant: Tenant) -> EngineReport:
         target_revision=row.get(ReplicaWord.TARGET_REVISION),
         pressure=tenant.pressure.level,
     )
+
+
+def _held_bytes(row: Row) -> int:
+    """KV bytes by the operating system; by the engine's own count where no file backs them."""
+    workers = row.workers
+    if any(fd == NO_FD for _, fd in workers):
+        return _committed_bytes(row)
+    return sum(file_bytes(worker, fd) for worker, fd in workers)
+
+
+def _committed_bytes(row: Row) -> int:
+    """KV bytes by the engine's own count."""
+    return max(0, row.get(EngineWord.COMMITTED_BYTES) - row.get(EngineWord.ACTIVATION_BYTES))

@@ -12,7 +12,9 @@ An extent is a run of blocks; its slots are those that its bytes touch, in every
     extents           |    extent 0    |    extent 1    |    extent 2    |
 
 The run is the smallest one that fills whole slots. Where there is none of a sane length, neighbouring extents (and
-lanes) share the slots at their borders, and whoever maps slots counts how many extents need each.
+lanes) share the slots at their borders, and whoever maps slots counts how many extents need each. Each extent is then
+reckoned with the slots that it shares, so where a large chunk holds several blocks, as on a GPU, extents are long
+enough for that to be little.
 """
 
 from collections.abc import Iterable
@@ -26,6 +28,10 @@ MAX_RUN_BLOCKS = 64
 """Longest run of blocks that becomes one extent for the sake of filling whole slots."""
 MIN_EXTENTS = 8
 """Fewest extents that such runs may leave of a cache: with fewer, nothing would ever be empty enough to shrink."""
+
+LARGE_CHUNK_BYTES = 1 << 20
+"""Chunks of at least this size, if larger than a block, make extents that share slots span SHARED_SPAN_CHUNKS."""
+SHARED_SPAN_CHUNKS = 8
 
 
 @dataclass(frozen=True)
@@ -142,8 +148,7 @@ class ExtentMap:
         self._lanes = lanes_of(geometry)
         run = _aligned_run(geometry, self._lanes, chunk_bytes)
         self.aligned = run is not None
-        self.blocks_per_extent = run or -(-chunk_bytes // min(lane.stride_bytes for lane in self._lanes))
-        self.blocks_per_extent = min(self.blocks_per_extent, geometry.num_blocks)
+        self.blocks_per_extent = min(run or self._shared_run(), geometry.num_blocks)
         self.count = -(-geometry.num_blocks // self.blocks_per_extent)
         self.slots_of = lru_cache(maxsize=65536)(self._slots_of)
         self.extent_bytes = self._full_extent_slots() * chunk_bytes
@@ -165,6 +170,10 @@ class ExtentMap:
         """Bytes that are committed when exactly these extents are: a slot that several share counts once."""
         return len({slot for extent in extents for slot in self.slots_of(extent)}) * self.chunk_bytes
 
+    def bytes_for(self, blocks: int) -> int:
+        """Bytes that so many blocks are reckoned with, in whole extents: the most that they can take."""
+        return -(-blocks // self.blocks_per_extent) * self.extent_bytes
+
     def _slots_of(self, extent: int) -> tuple[int, ...]:
         blocks = self.blocks_of(extent)
         slots: set[int] = set()
@@ -173,6 +182,14 @@ class ExtentMap:
             end_byte = lane.start_bytes + blocks[-1] * lane.stride_bytes + lane.width_bytes
             slots.update(range(first_byte // self.chunk_bytes, -(-end_byte // self.chunk_bytes)))
         return tuple(sorted(slots))
+
+    def _shared_run(self) -> int:
+        """Blocks of an extent where extents share slots."""
+        chunk, stride = self.chunk_bytes, min(lane.stride_bytes for lane in self._lanes)
+        least = -(-chunk // stride)
+        if chunk < LARGE_CHUNK_BYTES or chunk <= stride:
+            return least
+        return max(least, min(-(-SHARED_SPAN_CHUNKS * chunk // stride), self.geometry.num_blocks // MIN_EXTENTS))
 
     def _full_extent_slots(self) -> int:
         if self.aligned:

@@ -29,6 +29,8 @@ VERSION = 4
 LIMIT_UNIT_BYTES = 64 * 1024
 MAX_ROWS = 32
 MAX_WORKERS = 8
+NO_FD = (1 << 64) - 1
+"""In place of a file descriptor: no file backs the memory. That of a GPU is the driver's."""
 _HEADER_BYTES = 4096
 _ROW_BYTES = 1024
 _TEXT_BYTES = 256
@@ -134,7 +136,7 @@ class EngineWord(IntEnum):
     WORKER_PID_0 = 61
     """WORKER_PID_0 + i: process id of worker i, up to MAX_WORKERS."""
     WORKER_FD_0 = 61 + MAX_WORKERS
-    """WORKER_FD_0 + i: number, in worker i, of the file descriptor that backs its KV memory."""
+    """WORKER_FD_0 + i: number, in worker i, of the file descriptor that backs its KV memory, or NO_FD."""
     HOST_BYTES = 88
     """Bytes of the host buffer's slots that are taken, over all workers."""
     HOST_STORED_BLOCKS = 89
@@ -211,7 +213,7 @@ class Row:
 
     @property
     def workers(self) -> list[tuple[int, int]]:
-        """(process id, file descriptor number) of each worker."""
+        """(process id, file descriptor number or NO_FD) of each worker."""
         count = min(self.get(EngineWord.WORKER_COUNT), MAX_WORKERS)
         return [(self.get(EngineWord.WORKER_PID_0 + i), self.get(EngineWord.WORKER_FD_0 + i)) for i in range(count)]
 

@@ -19,7 +19,9 @@ class EngineReport:
 
     Attributes:
         engine_id: the Serve replica's unique id.
-        held_bytes_os: KV bytes held, from the operating system (st_blocks of each worker's memory file).
+        held_bytes_os: KV bytes held, from the operating system (st_blocks of each worker's memory file). No system
+            counts a GPU's for one process: there it is the engine's own count, and its workers hold the driver's free
+            memory against their chunks whenever they check their books.
         committed_bytes: the engine's own count of KV bytes; differs from held_bytes_os only while a move is under way.
         activation_bytes: charged to the lease for the engine's steps; activation_held_bytes: measured after the last
             one that was reported.

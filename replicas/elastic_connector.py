@@ -80,7 +80,7 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         memory = self._worker_memory
         memory.require_adopted()
         if self._host_slots and self._copies is None:
-            self._copies = HostCopies(self._make_segment(), memory.block_parts)
+            self._copies = HostCopies(self._make_segment(), memory.blocks)
         return KvHandshake(
             pid=os.getpid(), memory_fd=memory.fd, chunk_bytes=memory.chunk_bytes, mapped_extents=sorted(memory.mapped)
         )

@@ -1,11 +1,11 @@
 """A worker's side of the host buffer: copies KV blocks between the device and its segment in shared memory."""
 
 import time
-from collections.abc import Callable, Sequence
 
 from memory_agent.errors import OutOfDeviceMemory
-from memory_agent.host_segment import HostSegment, Part
+from memory_agent.host_segment import HostSegment
 from replicas.host_moves import HostReport, HostWork
+from replicas.kv_blocks import KvBlocks
 
 
 class HostCopies:
@@ -13,12 +13,12 @@ class HostCopies:
 
     Args:
         segment: this rank's, to write.
-        parts: the pieces of a block on the device, by its id.
+        blocks: those of the device.
     """
 
-    def __init__(self, segment: HostSegment, parts: Callable[[int], Sequence[Part]]) -> None:
+    def __init__(self, segment: HostSegment, blocks: KvBlocks) -> None:
         self._segment = segment
-        self._parts = parts
+        self._blocks = blocks
         self._report = HostReport(0)
         self._invalid: set[int] = set()
         self._forward: tuple[int, int, float] | None = None
@@ -29,7 +29,7 @@ class HostCopies:
         self._segment.release(work.release)
         started = time.perf_counter()
         for copy in work.store:
-            parts = self._parts(copy.block_id)
+            parts = self._blocks.fetch(copy.block_id)
             try:
                 self._segment.write(copy.slot, copy.key, parts)
                 self._report.stored_bytes += sum(part.nbytes for part in parts)
@@ -41,8 +41,9 @@ class HostCopies:
         """When the step's extents are mapped."""
         started = time.perf_counter()
         for copy in work.load:
-            parts = self._parts(copy.block_id)
+            parts = self._blocks.room(copy.block_id)
             if self._segment.read_into(copy.slot, copy.key, parts):
+                self._blocks.put(copy.block_id)
                 self._report.loaded_bytes += sum(part.nbytes for part in parts)
             else:
                 self._report.unloaded.append(copy.key)

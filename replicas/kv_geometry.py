@@ -8,7 +8,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from memory_agent.errors import SettingsError
-from memory_agent.extents import KvGeometry, KvRegion
+from memory_agent.extents import ExtentMap, KvGeometry, KvRegion
 from replicas.kv_plan import KvGroup
 
 if TYPE_CHECKING:
@@ -61,6 +61,17 @@ def check_guarantee(groups: Sequence[KvGroup], geometry: KvGeometry, ranks: int,
             f"one longest request takes {blocks - 1} KV blocks in the {len(groups)} KV cache groups of this model, "
             f"{needed} bytes with vLLM's null block, but only {guarantee_bytes} are guaranteed to it: lower "
             "max_model_len, or set elastic: false"
+        )
+
+
+def check_extents(groups: Sequence[KvGroup], extents: ExtentMap, ranks: int, guarantee_bytes: int) -> None:
+    """As ``check_guarantee``, in the whole extents in which memory is mapped: only the workers tell how large they
+    are."""
+    needed = extents.bytes_for(1 + sum(group.most_blocks for group in groups)) * ranks
+    if needed > guarantee_bytes:
+        raise SettingsError(
+            f"one longest request takes {needed} bytes of KV memory in extents of {extents.extent_bytes} bytes, only "
+            f"{guarantee_bytes} are guaranteed to it: lower max_model_len, or set elastic: false"
         )
 
 

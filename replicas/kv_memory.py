@@ -1,13 +1,10 @@
 """A worker's KV memory: vLLM's KV tensor on a virtual range, of which only some extents have physical memory."""
 
-import ctypes
 import time
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 
 from memory_agent.balloon import Balloon
@@ -17,9 +14,9 @@ from memory_agent.extents import ExtentMap, KvGeometry, choose_chunk_bytes
 from memory_agent.host_vmm import HostVmm
 from memory_agent.virtual_tensor import VirtualTensor
 from memory_agent.vmm import ContractViolation
+from replicas.kv_blocks import KvBlocks
+from replicas.kv_device import HostDevice, KvDevice
 from replicas.kv_moves import KvAck, KvMoves
-
-_LARGEST_CHUNK_BYTES = 4 << 20
 
 
 class KvMemory:
@@ -28,24 +25,31 @@ class KvMemory:
     Args:
         geometry: of vLLM's one KV allocation.
         rest_bytes: mapped from the start; at least the extent of block 0, vLLM's null block.
+        device: that it lies on, by default the host.
+
+    Attributes:
+        pool: chunks of the device, which the worker's activations may draw from too.
 
     Raises:
         OutOfDeviceMemory: the rest could not be mapped.
     """
 
-    def __init__(self, geometry: KvGeometry, rest_bytes: int) -> None:
+    def __init__(self, geometry: KvGeometry, rest_bytes: int, device: KvDevice | None = None) -> None:
         # Room for the last slot, rounded up to a chunk; only committed bytes count.
-        vmm = HostVmm("ellm-kv", geometry.size_bytes + _LARGEST_CHUNK_BYTES)
+        self.device = device or HostDevice(HostVmm("ellm-kv", geometry.size_bytes + HostDevice.largest_chunk_bytes))
+        vmm, largest = self.device.vmm, self.device.largest_chunk_bytes
         fewest = -(-geometry.size_bytes // vmm.max_mappings)
-        self.chunk_bytes = choose_chunk_bytes(geometry, vmm.granularity_bytes, _LARGEST_CHUNK_BYTES, floor_bytes=fewest)
-        self.fd = vmm.fd
+        self.chunk_bytes = choose_chunk_bytes(geometry, vmm.granularity_bytes, largest, floor_bytes=fewest)
+        self.fd = self.device.memory_fd
         self._geometry = geometry
         self._extents = ExtentMap(geometry, self.chunk_bytes)
         # The lease bounds what is mapped, in the scheduler; the pool only has to be able to hold all of it.
         slots = -(-geometry.size_bytes // self.chunk_bytes)
-        pool = ChunkPool(vmm, self.chunk_bytes, limit_chunks=slots)
+        spare = self.device.spare_bytes // self.chunk_bytes
+        self.pool = ChunkPool(vmm, self.chunk_bytes, limit_chunks=slots + spare)
         self._tensor = VirtualTensor(vmm, slots * self.chunk_bytes, self.chunk_bytes)
-        self._balloon = Balloon(pool, self._tensor, self._extents)
+        self.device.back(self._tensor)
+        self._balloon = Balloon(self.pool, self._tensor, self._extents)
         self._adopted = False
         rest = max(1, rest_bytes // self._extents.extent_bytes)
         self._balloon.inflate_kv(range(min(rest, self._extents.count)))
@@ -71,8 +75,13 @@ class KvMemory:
         return KvAck(moves.sequence, error, seconds, imbalance)
 
     def check_conservation(self) -> None:
-        """Raise ContractViolation unless extents, slots, chunks and the operating system's count agree."""
+        """Raise ContractViolation unless extents, slots, chunks and the system's count agree."""
         self._balloon.check_conservation()
+        self.device.check()
+
+    def end_warm_up(self) -> None:
+        """vLLM has warmed up, and may have touched any block of a cache that nobody uses yet."""
+        self.device.end_warm_up()
 
     def _imbalance(self, extents: int | None) -> str | None:
         """What is wrong with the books, and with the number of mapped extents where one is expected."""
@@ -92,25 +101,12 @@ class KvMemory:
     def adopt(self) -> torch.Tensor:
         """The KV tensor, int8, of the geometry's size; reads as zero where mapped."""
         self._adopted = True
-        buffer = (ctypes.c_int8 * self._geometry.size_bytes).from_address(self._tensor.address)
-        return torch.frombuffer(buffer, dtype=torch.int8)
-
-    def block_parts(self, block_id: int) -> list[NDArray[np.uint8]]:
-        """The bytes of a block, writable: for each region its layers, (layers, page bytes). Its extent is mapped."""
-        return [layers[:, block_id] for layers in self._pages]
+        return self.device.tensor(self._tensor.address, self._geometry.size_bytes)
 
     @cached_property
-    def _pages(self) -> list[NDArray[np.uint8]]:
-        """For each region (layers, blocks, page bytes)."""
-        buffer = np.ctypeslib.as_array((ctypes.c_uint8 * self._geometry.size_bytes).from_address(self._tensor.address))
-        return [
-            np.lib.stride_tricks.as_strided(
-                buffer[region.offset_bytes :],
-                (region.layers, self._geometry.num_blocks, region.page_bytes),
-                (region.layer_stride_bytes, region.block_stride_bytes, 1),
-            )
-            for region in self._geometry.regions
-        ]
+    def blocks(self) -> KvBlocks:
+        """The content of blocks whose extents are mapped."""
+        return self.device.blocks(self._tensor.address, self._geometry)
 
     def require_adopted(self) -> None:
         """Raises RuntimeError unless vLLM's KV cache lies on this memory."""

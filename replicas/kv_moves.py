@@ -70,7 +70,7 @@ class KvHandshake(KVConnectorHandshakeMetadata):
     """What a worker reports once, when its KV tensor exists.
 
     Attributes:
-        pid, memory_fd: the process, and the descriptor in it that backs the memory.
+        pid, memory_fd: the process, and the descriptor in it that backs the memory, or NO_FD.
         chunk_bytes: size of a physical chunk, from the backend's granularity and the model's KV geometry.
         mapped_extents: mapped from the start.
     """

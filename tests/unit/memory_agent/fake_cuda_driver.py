@@ -60,6 +60,7 @@ class FakeCudaDriver:
         calls: how often each function was called.
     """
 
+    allocation = Allocation
     CUresult = Result
     CUdevice_attribute = Attribute
     CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_MINIMUM=0)
@@ -206,7 +207,7 @@ class FakeCudaDriver:
             return INVALID, None
         if self.held + size > self.capacity:
             return Result.CUDA_ERROR_OUT_OF_MEMORY, None
-        allocation = Allocation(size)
+        allocation = self.allocation(size)
         self._allocations.append(allocation)
         return OK, self._handle_of(allocation)
 

@@ -4,7 +4,7 @@ import os
 import pickle
 
 from memory_agent.device_report import DeviceReporter
-from memory_agent.lease_board import EngineWord, ReplicaWord
+from memory_agent.lease_board import NO_FD, EngineWord, ReplicaWord
 from memory_agent.lease_keeper import LeaseKeeper
 from tests.unit.memory_agent.board_players import BUDGET, UNIT, Clock, appear, terms
 
@@ -31,3 +31,14 @@ def test_report_shows_board_and_kernel(keeper: LeaseKeeper, clock: Clock) -> Non
     assert (first.node, first.device, first.agent_pid, first.budget_bytes) == ("node", "cpu", 7, BUDGET)
     assert (first.agent_epoch_ns, first.sequence) < (second.agent_epoch_ns, second.sequence)
     assert pickle.loads(pickle.dumps(first)) == first
+
+
+def test_memory_without_a_file_is_reported_as_the_engine_counts_it(keeper: LeaseKeeper, clock: Clock) -> None:
+    """No system counts a GPU's memory for a process: what is held is what the engine says of its KV memory."""
+    row = keeper.register(terms("a"))
+    appear(row, os.getpid(), workers=((os.getpid(), NO_FD),))
+    row.set(EngineWord.COMMITTED_BYTES, 8 * UNIT)
+    row.set(EngineWord.ACTIVATION_BYTES, 3 * UNIT)
+    clock.tick(3)
+    (engine,) = DeviceReporter("node", "gpu0", 7, epoch_ns=9).sample(keeper, 1.0).engines
+    assert (engine.held_bytes_os, engine.committed_bytes, engine.activation_bytes) == (5 * UNIT, 5 * UNIT, 3 * UNIT)

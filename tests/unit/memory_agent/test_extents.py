@@ -84,6 +84,16 @@ def test_a_run_that_would_leave_few_extents_is_not_used() -> None:
     assert not ExtentMap(layer_outermost(2, 96 * KIB, 16), 3 * 128 * KIB).aligned  # runs of 4 would leave 4 extents
 
 
+def test_small_blocks_in_large_chunks_are_reckoned_with_little_more_than_they_take() -> None:
+    """Blocks of 360 KiB on a granularity of 2 MiB share chunks: extents are long, so that what they share is little of
+    them, unless that would leave too few."""
+    extents = ExtentMap(block_outermost(30, 12 * KIB, 4000), 2 * MIB)
+    assert not extents.aligned
+    blocks_bytes = extents.blocks_per_extent * 360 * KIB
+    assert blocks_bytes <= extents.extent_bytes <= 1.25 * blocks_bytes
+    assert ExtentMap(block_outermost(30, 12 * KIB, 80), 2 * MIB).count >= 8
+
+
 def test_two_groups_that_overlay_each_other_are_one_set_of_extents() -> None:
     """Two cache groups over the same blocks (block-outermost, different packings) take each block's slots once."""
     page, blocks = 64 * KIB, 20

@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 
+from memory_agent.extents import KvGeometry, KvRegion
 from memory_agent.host_segment import HostSegment
 from replicas.break_even import Move
 from replicas.host_copies import HostCopies
 from replicas.host_moves import HostReport
 from replicas.host_tier import HostTier
+from replicas.kv_blocks import HostBlocks
 
 BLOCKS, SLOTS, TOKENS, WORDS = 9, 6, 16, 8
 FINGERPRINT = b"f" * 32
+GEOMETRY = KvGeometry(BLOCKS * WORDS * 8, BLOCKS, (KvRegion(0, 1, BLOCKS * WORDS * 8, WORDS * 8, WORDS * 8),))
 
 
 class World:
@@ -36,7 +39,7 @@ class World:
         self.device = [np.zeros((1, BLOCKS, WORDS), np.uint64) for _ in range(ranks)]
         self.segments = [HostSegment.create(folder / f"{r}", block_bytes, SLOTS, FINGERPRINT) for r in range(ranks)]
         self.copies = [
-            HostCopies(segment, lambda block, device=device: [device[:, block]])
+            HostCopies(segment, HostBlocks(device.view(np.uint8).ravel(), GEOMETRY))
             for segment, device in zip(self.segments, self.device, strict=True)
         ]
         for _ in range(3):
