@@ -36,6 +36,9 @@ class ActivationMeter:
         if tokens and self._charged and not self._keeping:
             self._probe.restart()
 
+    def make_room(self, tokens: int, rows: int, step_bytes: int) -> None:
+        """What the heap keeps was settled by ``finish_step``, and steps are charged for it beside their own."""
+
     def finish_step(self, keep_bytes: int = 0) -> list[ActivationSample]:
         """What the step that was started last took; nothing where none has run but the very first, or none is
         charged. From now on the heap may keep so much of what steps free, which is faster than giving every large

@@ -19,20 +19,24 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
-from memory_agent.extents import KvGeometry
+from memory_agent.extents import ExtentMap, KvGeometry
 from memory_agent.host_segment import HostSegment, host_segment_path
 from memory_agent.kv_fingerprint import KvFingerprint
+from memory_agent.lease_board import NO_FD
 from replicas.activation_ledger import ActivationSample
 from replicas.activation_meter import ActivationMeter
+from replicas.cuda_meter import CudaMeter, StepMeter
 from replicas.elastic_kv import ElasticKv
 from replicas.elastic_prefill import ElasticPrefill, Objectives
 from replicas.elastic_settings import ElasticSettings
 from replicas.host_copies import HostCopies
 from replicas.host_tier import HostTier
-from replicas.kv_geometry import kv_geometry, kv_groups
+from replicas.kv_device import CudaDevice, worker_device
+from replicas.kv_geometry import check_extents, kv_geometry, kv_groups
 from replicas.kv_memory import KvMemory
 from replicas.kv_moves import KvAck, KvAcks, KvHandshake, KvMoves
 
@@ -57,6 +61,7 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         self.groups = kv_groups(vllm_config, kv_cache_config)
         self._memory: KvMemory | None = None
         self._kv: ElasticKv | None = None
+        self._begun: KvMoves | None = None
         self._acks: list[KvAck] = []
         self._samples: list[ActivationSample] = []
         self._host_slots = self._slots()
@@ -73,8 +78,18 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
     # -- worker -------------------------------------------------------------------------------------------------------
 
     def get_mem_pool_context(self) -> AbstractContextManager[Any]:
-        self._memory = KvMemory(self.geometry, self.settings.rest_bytes)
+        self._memory = KvMemory(self.geometry, self.settings.rest_bytes, worker_device())
         return self._memory.allocation()
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: "VllmConfig") -> str | None:
+        """A block over all layers in one piece, where chunks are as large as a GPU's: so extents are small. Where the
+        attention kernels cannot, vLLM takes another one."""
+        return "BLHNC" if current_platform.is_cuda() else None
+
+    def end_warm_up(self) -> None:
+        """vLLM has warmed up its kernels; the first step is still to come."""
+        self._worker_memory.end_warm_up()
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata:
         memory = self._worker_memory
@@ -85,21 +100,30 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
             pid=os.getpid(), memory_fd=memory.fd, chunk_bytes=memory.chunk_bytes, mapped_extents=sorted(memory.mapped)
         )
 
-    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """Runs in every step before the forward: the blocks to unmap are out of use since this step was scheduled, and
-        earlier steps have finished, because a worker runs its steps in order."""
-        assert isinstance(kv_connector_metadata, KvMoves)
-        moves = kv_connector_metadata
-        self._samples = self._activations.finish_step(moves.keep_bytes)
+    def begin_step(self, moves: KvMoves) -> None:
+        """Settle the step before, and move memory. The blocks to unmap are out of use since this step was scheduled,
+        and earlier steps have finished, because a worker runs its steps in order; a GPU has them waited for."""
+        self._begun = moves
+        self._samples = self.activations.finish_step(moves.keep_bytes)
+        self.activations.make_room(moves.tokens, moves.rows, moves.step_bytes)
         if moves.rest:
-            self._activations.rest()
+            self.activations.rest()
         if self._copies is not None:
             self._copies.store(moves.host)
         self._acks = [self._worker_memory.apply(moves)] if moves.sequence else []
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Runs in every step before the forward. On a GPU the worker has begun the step already: vLLM's newer model
+        runner copies and clears blocks before it comes here, which must not be seen by what is stored."""
+        assert isinstance(kv_connector_metadata, KvMoves)
+        moves = kv_connector_metadata
+        if self._begun is not moves:
+            self.begin_step(moves)
+        self._begun = None
         if self._copies is not None:
             self._copies.load(moves.host)
             self._copies.start_forward(moves.tokens, moves.rows)
-        self._activations.start_step(moves.tokens, moves.rows)
+        self.activations.start_step(moves.tokens, moves.rows)
 
     def build_connector_worker_meta(self) -> KvAcks | None:
         report = self._copies.finish() if self._copies is not None else None
@@ -140,6 +164,9 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         assert self._kv_cache_manager is not None
         handshakes = [h for _, h in sorted(metadata.items()) if isinstance(h, KvHandshake)]
+        if handshakes[0].memory_fd == NO_FD:  # a GPU's chunks are large, so extents are more than their blocks
+            extents = ExtentMap(self.geometry, handshakes[0].chunk_bytes)
+            check_extents(self.groups, extents, len(handshakes), self.settings.kv_guarantee_bytes)
         pool = self._kv_cache_manager.block_pool
         if self._host_slots:
             self.host = HostTier(
@@ -224,8 +251,12 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         return HostSegment.create(path, self.geometry.block_bytes, self._host_slots, self._fingerprint(rank).digest)
 
     @cached_property
-    def _activations(self) -> ActivationMeter:
-        return ActivationMeter(self.settings.charge_activations)
+    def activations(self) -> StepMeter:
+        """Of this worker."""
+        memory, charged = self._worker_memory, self.settings.charge_activations
+        if isinstance(memory.device, CudaDevice):
+            return CudaMeter(memory.device.allocator(memory.pool) if charged else None, memory.pool)
+        return ActivationMeter(charged)
 
     @property
     def _worker_memory(self) -> KvMemory:

@@ -169,6 +169,7 @@ class ElasticKv:
             keep_bytes=self.activations.keep_bytes // self._ranks,
             tokens=tokens,
             rows=rows,
+            step_bytes=self.activations.bytes_for(tokens, rows) // self._ranks,
         )
         self.activations.on_step(tokens, rows)
         self._heaps_used |= tokens > 0

@@ -4,12 +4,17 @@ from typing import Any
 
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
 from memory_agent.errors import SettingsError
 from memory_agent.kv_fingerprint import model_identity
 from replicas.elastic_settings import ElasticSettings
 from replicas.spec import EngineSpec
+
+_ELASTIC_ON_GPU = {"worker_cls": "replicas.gpu_worker.ElasticGpuWorker"}
+_SHARED_GPU = {"gpu_memory_utilization": 0.05}
+"""vLLM wants this share of a GPU to be free when an engine starts; what it uses is decided by kv_cache_memory_bytes."""
 
 
 def build_engine_args(spec: EngineSpec, **overrides: Any) -> AsyncEngineArgs:
@@ -24,6 +29,7 @@ def build_engine_args(spec: EngineSpec, **overrides: Any) -> AsyncEngineArgs:
         "tensor_parallel_size": spec.tensor_parallel_size,
         "kv_cache_memory_bytes": spec.kv_ceiling_bytes // spec.tensor_parallel_size,
         "enable_prefix_caching": True,
+        **(_SHARED_GPU if current_platform.is_cuda() else {}),
     }
     return AsyncEngineArgs(**(settings | spec.engine_args | overrides))
 
@@ -55,7 +61,8 @@ def build_vllm_config(spec: EngineSpec, board_path: str = "", row: int = 0) -> V
         kv_connector_extra_config=settings.to_extra_config(),
         kv_load_failure_policy="recompute",
     )
-    config = _resolve(build_engine_args(spec, kv_transfer_config=transfer), spec)
+    on_gpu = _ELASTIC_ON_GPU if current_platform.is_cuda() else {}
+    config = _resolve(build_engine_args(spec, kv_transfer_config=transfer, **on_gpu), spec)
     check_elastic(config)
     # Chosen after vLLM has settled on synchronous or asynchronous scheduling.
     name = "ElasticAsyncScheduler" if config.scheduler_config.async_scheduling else "ElasticScheduler"
@@ -64,12 +71,18 @@ def build_vllm_config(spec: EngineSpec, board_path: str = "", row: int = 0) -> V
 
 
 def check_elastic(config: VllmConfig) -> None:
-    """Raises SettingsError for a kind of model whose tokens are not known to stay the same with elastic memory."""
+    """Raises SettingsError for a kind of model whose tokens are not known to stay the same with elastic memory, and for
+    settings that contradict it."""
     model = config.model_config
     if model.is_hybrid or model.is_attention_free:
         raise SettingsError(
             f"{model.architecture} has layers that keep a recurrent state in the KV cache, and these are not proven "
             "exact with elastic memory; set elastic: false"
+        )
+    if model.enable_cumem_allocator:
+        raise SettingsError(
+            "sleep mode and vLLM's cumem allocator move the memory of an engine themselves: leave them out, or set "
+            "elastic: false"
         )
 
 

@@ -5,7 +5,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from vllm.platforms import current_platform
 
+from memory_agent.chunks import ChunkPool
+from memory_agent.cuda_allocator import CudaAllocator
 from memory_agent.cuda_vmm import CudaVmm
 from memory_agent.extents import KvGeometry
 from memory_agent.host_vmm import HostVmm
@@ -96,6 +99,7 @@ class CudaDevice:
     memory_fd = NO_FD
 
     def __init__(self, ordinal: int, driver: Any = None, torch_device: torch.device | None = None) -> None:
+        self._ordinal = ordinal
         self.vmm = CudaVmm(ordinal, driver)
         self.largest_chunk_bytes = self.vmm.granularity_bytes
         self.spare_bytes = self.vmm.device_bytes()[1]
@@ -107,13 +111,22 @@ class CudaDevice:
     def tensor(self, address: int, size_bytes: int) -> torch.Tensor:
         # What torch itself makes tensors over a CUDA graph's memory with.
         storage = torch._C._construct_storage_from_data_pointer(address, self._torch_device, size_bytes)
-        return torch.empty(0, dtype=torch.int8, device=self._torch_device).set_(storage, 0, (size_bytes,))
+        return torch.empty(0, dtype=torch.int8, device=self._torch_device).set_(storage)
 
     def blocks(self, address: int, geometry: KvGeometry) -> KvBlocks:
         return StagedBlocks(self.tensor(address, geometry.size_bytes), geometry)
+
+    def allocator(self, pool: ChunkPool) -> CudaAllocator:
+        """Torch's way to take its tensors from ``pool``, which is over this device. Raises SettingsError."""
+        return CudaAllocator(self.vmm, pool, self._ordinal)
 
     def check(self) -> None:
         self.vmm.check_device()
 
     def end_warm_up(self) -> None:
         self.vmm.clear_scratch()
+
+
+def worker_device() -> KvDevice | None:
+    """What the worker of this process computes on: its GPU; None for the host. Raises SettingsError."""
+    return CudaDevice(torch.cuda.current_device()) if current_platform.is_cuda() else None

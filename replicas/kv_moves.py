@@ -23,8 +23,9 @@ class KvMoves(KVConnectorMetadata):
     """Extents to unmap and then to map. ``sequence`` is 0 for a step that neither moves any nor rests.
 
     ``rest`` gives the memory of past activations back; of what later steps free ``keep_bytes`` may stay. ``tokens`` and
-    ``rows`` are those of the step. ``check``, where there is one, asks every worker to check its books after the move:
-    so many extents must be mapped then. ``host``: copies to and from the host buffer.
+    ``rows`` are those of the step, ``step_bytes`` what it is charged for on each worker. ``check``, where there is one,
+    asks every worker to check its books after the move: so many extents must be mapped then. ``host``: copies to and
+    from the host buffer.
     """
 
     sequence: int = 0
@@ -34,6 +35,7 @@ class KvMoves(KVConnectorMetadata):
     keep_bytes: int = 0
     tokens: int = 0
     rows: int = 0
+    step_bytes: int = 0
     check: int | None = None
     host: HostWork = field(default_factory=HostWork)
 

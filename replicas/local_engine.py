@@ -13,10 +13,11 @@ from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from memory_agent.agent import Registration
-from memory_agent.lease_board import LIMIT_UNIT_BYTES, AgentWord, EngineWord, Lease, LeaseBoard, Row, RowState
+from memory_agent.lease_board import LIMIT_UNIT_BYTES, NO_FD, AgentWord, EngineWord, Lease, LeaseBoard, Row, RowState
 from replicas.engine_config import build_vllm_config
 from replicas.environment import engine_environment, environment
 from replicas.spec import EngineSpec
@@ -63,9 +64,9 @@ class LocalEngine:
         return self.row.get(word)
 
     def rank_bytes_os(self) -> list[int]:
-        """KV bytes that each rank holds, from the operating system."""
+        """KV bytes that each rank holds, from the operating system; nothing for those on a GPU."""
         assert self.row is not None
-        return [os.stat(f"/proc/{pid}/fd/{fd}").st_blocks * 512 for pid, fd in self.row.workers]
+        return [os.stat(f"/proc/{pid}/fd/{fd}").st_blocks * 512 for pid, fd in self.row.workers if fd != NO_FD]
 
     def held_bytes_os(self) -> int:
         """KV bytes held, from the operating system."""
@@ -138,11 +139,18 @@ async def _running(
     config = build_vllm_config(spec, board, row.index if row else 0)
     if instruments.prepare is not None:
         instruments.prepare(config)
-    before = {child.pid for child in psutil.Process().children()}
     with environment(engine_environment(spec, engines)):
         llm = AsyncLLM.from_vllm_config(config, stat_loggers=list(instruments.stat_loggers), disable_log_stats=True)
     try:
-        core = next(c for c in psutil.Process().children() if c.pid not in before and c.children())
-        yield LocalEngine(llm, row, core.pid)
+        yield LocalEngine(llm, row, _core_pid(llm))
     finally:
         llm.shutdown()
+
+
+def _core_pid(llm: AsyncLLM) -> int:
+    """Of vLLM's EngineCore process. On a GPU it is the worker too, and has no children to be known by."""
+    manager = llm.engine_core.resources.engine_manager
+    assert isinstance(manager, CoreEngineProcManager)
+    (process,) = manager.processes
+    assert process.pid is not None
+    return process.pid

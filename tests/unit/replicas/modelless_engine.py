@@ -3,7 +3,7 @@ workers with real memory. Tokens mean nothing; memory, leases, waiting and preem
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,11 +22,13 @@ from memory_agent.lease_board import LIMIT_UNIT_BYTES, AgentWord, EngineWord, Le
 from replicas import kv_memory
 from replicas.elastic_scheduler import ElasticScheduler
 from replicas.engine_config import build_vllm_config
+from replicas.kv_device import CudaDevice
 from replicas.kv_geometry import kv_geometry
 from replicas.kv_memory import KvMemory
 from replicas.kv_moves import KvAcks, KvHandshake, KvMoves
 from replicas.spec import EngineSpec
 from tests.unit.memory_agent.failing_host_vmm import FailingHostVmm
+from tests.unit.memory_agent.mapped_cuda_driver import MappedCudaDriver
 
 BLOCK_TOKENS, LAYERS = 32, 4
 BLOCK_BYTES = LIMIT_UNIT_BYTES  # layers x (K, V) x 64 floats x tokens
@@ -73,17 +75,27 @@ class ModellessEngine:
     Args:
         board, row: where its lease is; the row must have one.
         clock: moves on by STEP_S with each step.
+        drivers: of the GPU of each rank; none for an engine on the host.
     """
 
-    def __init__(self, board: Path, row: int, clock: Clock, spec: EngineSpec, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        board: Path,
+        row: int,
+        clock: Clock,
+        spec: EngineSpec,
+        ranks: int = 1,
+        drivers: Sequence[MappedCudaDriver] = (),
+    ) -> None:
         self.clock = clock
+        layout = "BLHNC" if drivers else "LBHNC"
         self.row = LeaseBoard.open(board).row(row)
         self.finished: set[str] = set()
         config = build_vllm_config(spec, str(board), row)
-        config.cache_config.kv_cache_layout = "LBHNC"
+        config.cache_config.kv_cache_layout = layout
         layer = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=64, dtype=torch.float32)
         [cache] = get_kv_cache_configs(config, [{f"layers.{i}": layer for i in range(LAYERS)}], [spec.kv_ceiling_bytes])
-        cache.kv_cache_layout = "LBHNC"
+        cache.kv_cache_layout = layout
         config.cache_config.num_gpu_blocks = cache.num_blocks
         self.scheduler = ElasticScheduler(
             vllm_config=config,
@@ -96,7 +108,8 @@ class ModellessEngine:
         self.vmms: list[FailingHostVmm] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kv_memory, "HostVmm", self._make_vmm)
-            self.ranks = [KvMemory(kv_geometry(cache), REST_BLOCKS * BLOCK_BYTES) for _ in range(ranks)]
+            devices = [CudaDevice(0, driver, torch.device("cpu")) for driver in drivers] or [None] * ranks
+            self.ranks = [KvMemory(kv_geometry(cache), REST_BLOCKS * BLOCK_BYTES, device) for device in devices]
         connector = self.scheduler.connector
         assert connector is not None
         connector.set_xfer_handshake_metadata_pp_aware({(0, at): _handshake(one) for at, one in enumerate(self.ranks)})
@@ -161,7 +174,7 @@ class ModellessEngine:
     @property
     def held_bytes(self) -> int:
         """By the operating system, over all ranks."""
-        return sum(vmm.held_bytes() for vmm in self.vmms)
+        return sum(memory.device.vmm.held_bytes() for memory in self.ranks)
 
     @property
     def held_blocks(self) -> int:
@@ -172,8 +185,8 @@ class ModellessEngine:
 
     def close(self) -> None:
         self.scheduler.shutdown()
-        for vmm in self.vmms:
-            vmm.close()
+        for memory in self.ranks:
+            memory.device.vmm.close()
 
     def check(self) -> None:
         """Every book balances: vLLM's blocks, each rank's balloon, and the board with the operating system."""
@@ -190,12 +203,14 @@ def _handshake(memory: KvMemory) -> KvHandshake:
 
 
 @contextmanager
-def modelless_engine(folder: Path, spec: EngineSpec | None = None, ranks: int = 1) -> Iterator[ModellessEngine]:
+def modelless_engine(
+    folder: Path, spec: EngineSpec | None = None, ranks: int = 1, drivers: Sequence[MappedCudaDriver] = ()
+) -> Iterator[ModellessEngine]:
     """One engine with a board of its own; the test plays the agent. Its lease is the guarantee at first."""
     board, spec = folder / "board", spec or modelless_spec(folder, ranks)
     row = LeaseBoard.create(board, ranks * spec.kv_ceiling_bytes).row(0)
     row.set(AgentWord.LEASE, Lease(spec.kv_guarantee_bytes, 1).pack())
-    engine = ModellessEngine(board, 0, Clock(), spec, ranks)
+    engine = ModellessEngine(board, 0, Clock(), spec, ranks, drivers)
     try:
         yield engine
     finally:
