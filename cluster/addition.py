@@ -9,6 +9,7 @@ The budget of the running engines stays theirs. It grows for the new model only 
 from dataclasses import dataclass
 
 from cluster.config import ClusterConfig, ModelConfig
+from cluster.device import HOST, Device
 from cluster.models import ModelFacts
 from cluster.sizing import GIB, EngineSizes, check_guarantee, down, engine_spec, gib, longest_request, mib
 from memory_agent.errors import SettingsError
@@ -18,10 +19,10 @@ from replicas.spec import EngineSpec
 
 @dataclass(frozen=True)
 class Room:
-    """What the host and the running engines leave to a new model. All in bytes.
+    """What the device and the running engines leave to a new model. All in bytes.
 
     Attributes:
-        free_bytes: that the host can give now.
+        free_bytes: that the device can give now.
         pending_bytes: processes and weights of engines that are being started, and may not have taken them yet.
         held_bytes: of the budget, held by engines now; guaranteed_bytes: of the budget, promised to engines.
         budget_bytes: that the running engines share; 0 where none is elastic.
@@ -48,12 +49,14 @@ class Addition:
     budget_bytes: int
 
 
-def plan_addition(config: ClusterConfig, model: ModelConfig, facts: ModelFacts, room: Room) -> Addition:
+def plan_addition(
+    config: ClusterConfig, model: ModelConfig, facts: ModelFacts, room: Room, device: Device = HOST
+) -> Addition:
     """Sizes of ``model`` beside what runs; ``config`` says how the memory is shared.
 
     Raises SettingsError where the memory, the budget or a ceiling is too small: with what is needed and what would fit.
     """
-    engine = EngineSizes(model, facts, config.memory, config.slo[0])
+    engine = EngineSizes(model, facts, config.memory, config.slo[0], device)
     check_guarantee(engine)
     fixed = model.replicas * engine.fixed_bytes
     promised = model.replicas * engine.guarantee_bytes if model.elastic else 0

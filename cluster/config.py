@@ -33,6 +33,7 @@ _TAKEN_ARGS = {
     "gpu_memory_utilization": "use the key kv_ceiling, or memory.budget",
     "enable_prefix_caching": "it is always on",
     "scheduler_cls": "use the key elastic",
+    "worker_cls": "use the key elastic",
     "kv_transfer_config": "use the key elastic",
 } | {
     key: f"use the key {key}"
@@ -136,11 +137,11 @@ class ModelConfig(_Section):
 
 
 class MemoryConfig(_Section):
-    """The KV memory of one device (of this host, without a GPU)."""
+    """The KV memory of one device: of this host, or of one GPU where vLLM's GPU build is installed."""
 
     budget: Size = None
     """KV bytes that all engines of the device share, with activations if these are charged. auto: twice what one
-    longest request of each needs, at least 1GiB, if free."""
+    longest request of each needs, at least 1GiB, if free; on a GPU all that is free."""
     activations: bool = False
     """true: activations count against the budget too. A step computes as many tokens as their activations fit, and
     where the budget is tight gives their memory back at once. Experimental."""

@@ -8,6 +8,7 @@ finished ones, then ends every process and removes every file that is left (``cl
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cluster.config import ClusterConfig, ModelConfig
 from cluster.default_model import DefaultModelError
+from cluster.device import HOST, Device, device_environment, find_device
 from cluster.footprint import Footprint, remove_leftovers
 from cluster.host_memory import free_memory_bytes
 from cluster.launch_error import LaunchError, keep_logs, root_cause
 from cluster.models import ModelFacts, read_facts, resolve_source
-from cluster.preflight import check_platform, check_port, check_shared_memory
+from cluster.preflight import check_host_memory, check_platform, check_port, check_shared_memory
 from cluster.readiness import answer_once
 from cluster.sizing import GIB, MIB, Sizing, plan_sizes
 from memory_agent.errors import SettingsError
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 _RAY_CPUS = 2
 """Only Ray's bookkeeping here, a hundredth an actor. Not the machine's: Ray starts as many idle workers."""
 _OBJECT_STORE_BYTES = 128 * MIB
-_DEVICE = "cpu"
 _CONTROL_TIMEOUT_S = 60.0
 _POLL_S = 0.5
 _SAY_AGAIN_S = 15.0
@@ -52,12 +53,14 @@ class LocalCluster:
 
     Attributes:
         url: where the API answers.
+        device: what its engines compute on, once the stage "check" is done.
         sizing: what it was started with, once the stage "memory" is done.
         interruptible: False once a KeyboardInterrupt has cut the stop short; signal handlers must not raise another.
     """
 
     def __init__(self, config: ClusterConfig, report: Report) -> None:
         self.config = config
+        self.device: Device = HOST
         self.sizing: Sizing | None = None
         self.footprint: Footprint | None = None
         self.interruptible = True
@@ -148,6 +151,9 @@ class LocalCluster:
             say(f"removed files that the killed cluster {cluster_id} had left")
         check_port(self.config.http.host, self.config.http.port)
         check_platform()
+        self.device = find_device()
+        if self.device.is_gpu:
+            say(f"engines share {self.device.name}. GPUs are experimental: no GPU has run this project's tests yet")
         say(f"configuration fits, {self.config.http.host}:{self.config.http.port} is free")
 
     def _resolve(self, model: ModelConfig, say: Callable[[str], None]) -> ModelFacts:
@@ -156,15 +162,18 @@ class LocalCluster:
         return facts
 
     def _size(self, facts: list[ModelFacts], say: Callable[[str], None]) -> Sizing:
-        sizing = plan_sizes(self.config, facts, free_memory_bytes())
+        sizing = plan_sizes(self.config, facts, self.device.free_bytes(), self.device)
         for model, spec in zip(self.config.models, sizing.specs, strict=True):
             say(
                 f"{model.replicas} x {spec.model_name}, {spec.max_model_len} tokens: KV in MiB "
                 f"{spec.kv_rest_bytes // MIB} at rest, {spec.kv_guarantee_bytes // MIB} guaranteed, "
                 f"{spec.kv_ceiling_bytes // MIB} at most"
             )
-        buffers = zip(self.config.models, sizing.specs, strict=True)
-        check_shared_memory(sum(model.replicas * spec.host_buffer_bytes for model, spec in buffers))
+        engines = list(zip(self.config.models, sizing.specs, strict=True))
+        buffers = sum(model.replicas * spec.host_buffer_bytes for model, spec in engines)
+        check_shared_memory(buffers)
+        if self.device.is_gpu:
+            check_host_memory(sum(model.replicas for model, _ in engines), buffers, free_memory_bytes())
         say(f"KV budget {sizing.budget_bytes / GIB:.2f} GiB; the cluster needs {sizing.needed_bytes / GIB:.2f} GiB")
         return sizing
 
@@ -179,6 +188,7 @@ class LocalCluster:
         from cluster.local_ray import start_ray, stop_ray
 
         self._undo.append(("ray", stop_ray))
+        os.environ.update(device_environment(self.device))  # of all processes that Ray starts
         start_ray(footprint, num_cpus=_RAY_CPUS, object_store_bytes=_OBJECT_STORE_BYTES)
 
     def _start_control(self, sizing: Sizing, footprint: Footprint) -> Any:
@@ -191,10 +201,10 @@ class LocalCluster:
         from memory_agent.agent import AgentSpec, ensure_agent
 
         models = _initial_models(self.config, sizing)
-        registry = ensure_registry(RegistrySpec(footprint.cluster_id, _DEVICE, self.config), models)
+        registry = ensure_registry(RegistrySpec(footprint.cluster_id, self.device.name, self.config), models)
         waiting = [ensure_controller(self.config.controller).snapshot.remote()]
         if sizing.budget_bytes:
-            agent_spec = AgentSpec(cluster_id=footprint.cluster_id, device=_DEVICE, budget_bytes=sizing.budget_bytes)
+            agent_spec = AgentSpec(footprint.cluster_id, self.device.name, sizing.budget_bytes)
             waiting.append(ensure_agent(agent_spec).describe.remote())
         ray.get(waiting, timeout=_CONTROL_TIMEOUT_S)
         return registry

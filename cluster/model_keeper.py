@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from cluster.addition import Room, plan_addition
 from cluster.config import ClusterConfig, ModelConfig
 from cluster.default_model import DefaultModelError
+from cluster.device import HOST, Device
 from cluster.model_plan import Action, AppState, IngressState, next_step
 from cluster.model_set import (
     Limits,
@@ -63,7 +64,7 @@ class Fleet(Protocol):
         """Raises SettingsError where they do not fit beside the other engines' now."""
 
     def free_bytes(self) -> int:
-        """What the host can give to new processes."""
+        """What the device can give to new engines. Raises SettingsError where it does not answer."""
 
 
 class ModelKeeper:
@@ -76,12 +77,15 @@ class ModelKeeper:
         config: ClusterConfig,
         fleet: Fleet,
         now: Callable[[], float] = time.monotonic,
+        device: Device = HOST,
     ) -> None:
         """Go on with the set in the file ``path``; with ``initial`` where there is no file.
 
         Args:
             config: how the memory is shared; its models are not read.
+            device: of the engines.
         """
+        self._device = device
         self._path, self._config, self._fleet, self._now = path, config, fleet, now
         self._report: DeviceReport | None = None
         self._stories: dict[str, ModelStory] = {}
@@ -251,12 +255,12 @@ class ModelKeeper:
         activations = sum(engine.activation_held_bytes for engine in report.engines) if report else 0
         room = Room(
             free_bytes=self._fleet.free_bytes(),
-            pending_bytes=sum(entry.fixed_bytes for entry in models.entries if entry.phase in _UNDER_WAY),
+            pending_bytes=sum(entry.fixed_bytes(self._device) for entry in models.entries if entry.phase in _UNDER_WAY),
             held_bytes=report.held_bytes_os + activations if report else 0,
             guaranteed_bytes=models.promised_bytes,
             budget_bytes=models.budget_bytes,
         )
-        addition = plan_addition(self._config, config, facts, room)
+        addition = plan_addition(self._config, config, facts, room, self._device)
         spec = addition.spec
         story.say(
             "memory",

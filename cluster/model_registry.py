@@ -19,6 +19,7 @@ from ray.actor import ActorHandle
 
 from cluster.app import ApiModel
 from cluster.config import ClusterConfig, ModelConfig
+from cluster.device import device_named
 from cluster.model_keeper import ModelKeeper
 from cluster.model_set import ModelPhase, ModelSet
 from cluster.registry_link import MODELS_NAME
@@ -72,7 +73,8 @@ class ModelRegistry:
     async def __init__(self, spec: RegistrySpec, initial: ModelSet) -> None:  # type: ignore[misc]  # Ray awaits it
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
         fleet = ServeFleet(spec.cluster_id, spec.device)
-        self._keeper = ModelKeeper(spec.path, initial, spec.config, fleet)
+        device = device_named(spec.device)
+        self._keeper = ModelKeeper(spec.path, initial, spec.config, fleet, device=device)
         self._revision = time.time_ns()
         self._shown: tuple[tuple[ApiModel, ...], frozenset[str]] | None = None
         self._changed = asyncio.Condition()

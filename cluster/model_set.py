@@ -15,7 +15,8 @@ from enum import StrEnum
 from typing import Any
 
 from cluster.config import ModelConfig
-from cluster.sizing import REPLICA_BYTES, mib
+from cluster.device import Device
+from cluster.sizing import mib
 from memory_agent.errors import SettingsError
 from memory_agent.lease_board import MAX_ROWS
 from replicas.spec import EngineSpec
@@ -82,11 +83,12 @@ class ModelEntry:
         """Guarantees of all its replicas."""
         return self.config.replicas * self.limits_now.guarantee_bytes if self.spec.elastic else 0
 
-    @property
-    def fixed_bytes(self) -> int:
-        """Processes and weights of all its replicas, and KV memory that is not elastic."""
-        static = 0 if self.spec.elastic else self.spec.kv_ceiling_bytes
-        return self.config.replicas * (REPLICA_BYTES + self.spec.weights_bytes + static)
+    def fixed_bytes(self, device: Device) -> int:
+        """Processes and weights of all its replicas on the device, and KV memory that is not elastic."""
+        spec = self.spec
+        static = 0 if spec.elastic else spec.kv_ceiling_bytes
+        spike = device.spike_bytes(spec.max_num_batched_tokens, spec.token_bytes, spec.max_num_seqs, spec.row_bytes)
+        return self.config.replicas * (device.replica_bytes + spike + spec.weights_bytes + static)
 
 
 def new_entry(config: ModelConfig, spec: EngineSpec, guarantee_bytes: int) -> ModelEntry:

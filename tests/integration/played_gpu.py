@@ -1,5 +1,6 @@
-"""The connector of an engine on a GPU, for vLLM's CPU build: its KV memory is that of the CUDA backend, over a driver in
-Python with real memory behind its addresses. What only a GPU has is missing: kernels that are queued, torch's pools."""
+"""The connector of an engine on a GPU, for vLLM's CPU build: its KV memory is that of the CUDA backend, over a driver
+in Python with real memory behind its addresses. What only a GPU has is missing: kernels that are queued, torch's pools.
+"""
 
 import torch
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config import ClusterConfig
+from cluster.device import HOST, KvUnit, gpu
 from cluster.host_memory import free_memory_bytes
 from cluster.models import ModelFacts
 from cluster.sizing import GIB, MIB, plan_sizes
@@ -197,3 +198,61 @@ def test_host_buffers_count_beside_the_budget() -> None:
     assert buffered.needed_bytes == plain.needed_bytes + GIB
     static = config(models=[{"elastic": False}], memory={"host_buffer": "512MiB"})
     assert plan_sizes(static, [facts()], 24 * GIB).specs[0].host_buffer_bytes == 0
+
+
+GPU = gpu(0)
+
+
+def test_a_gpu_is_filled() -> None:
+    """Weights, processes and a largest step of each replica are kept free; all else is budget, in blocks of vLLM's size
+    on a GPU, and vLLM may capture its CUDA graphs."""
+    sizing = plan_sizes(ClusterConfig(), [facts(kv_token_bytes=131072, weights_bytes=16 * GIB)], 76 * GIB, GPU)
+    (spec,) = sizing.specs
+    fixed = 2 * (GPU.replica_bytes + 16 * GIB + 2 * 2048 * 24_000)
+    assert sizing.budget_bytes == pytest.approx(76 * GIB - fixed, abs=MIB)
+    assert spec.kv_guarantee_bytes == (8192 // 16 + 2) * 16 * 131072
+    assert spec.engine_args == {}
+    host = plan_sizes(ClusterConfig(), [facts(kv_token_bytes=131072, weights_bytes=16 * GIB)], 76 * GIB, HOST)
+    assert host.budget_bytes < sizing.budget_bytes
+
+
+def test_host_buffers_take_nothing_of_a_gpu() -> None:
+    """They lie in the host's memory, which is checked by itself."""
+    with_buffer = config(memory={"host_buffer": "8GiB"})
+    budgets = [plan_sizes(one, [facts()], 40 * GIB, GPU).budget_bytes for one in (ClusterConfig(), with_buffer)]
+    assert budgets[0] == budgets[1]
+
+
+@given(
+    replicas=st.integers(1, 6),
+    max_model_len=st.integers(1, 100_000),
+    kv_token_bytes=st.sampled_from([1000, SMOL_TOKEN_BYTES, 114_688, 131_072]),
+    weights_bytes=st.integers(0, 30 * GIB),
+    free_bytes=st.integers(0, 80 * GIB),
+    budget=st.none() | st.integers(1, 60 * GIB),
+)
+def test_sizes_on_a_gpu_hold_and_remedies_work(
+    replicas: int, max_model_len: int, kv_token_bytes: int, weights_bytes: int, free_bytes: int, budget: int | None
+) -> None:
+    """Whatever is asked for: either the GPU has all of it, and a longest request fits its guarantee in the extents in
+    which memory is mapped; or the replicas and the length that the refusal names would fit."""
+
+    def plan(replicas: int, max_model_len: int) -> None:
+        tree = config(models=[{"replicas": replicas}], memory={"budget": budget})
+        sizing = plan_sizes(tree, [facts(max_model_len, kv_token_bytes, weights_bytes)], free_bytes, GPU)
+        (spec,) = sizing.specs
+        blocks = -(-max_model_len // 16) + 1
+        unit = KvUnit(GPU, 16 * kv_token_bytes)
+        assert unit.bytes_for(blocks) <= spec.kv_guarantee_bytes <= spec.kv_ceiling_bytes <= sizing.budget_bytes
+        assert unit.unit_bytes <= spec.kv_rest_bytes <= spec.kv_guarantee_bytes
+        assert replicas * spec.kv_guarantee_bytes <= sizing.budget_bytes
+        assert replicas * (GPU.replica_bytes + weights_bytes) + sizing.budget_bytes <= sizing.needed_bytes <= free_bytes
+
+    try:
+        plan(replicas, max_model_len)
+    except SettingsError as refused:
+        text = str(refused)
+        if found := re.search(r"set replicas to (\d+)", text):
+            plan(int(found[1]), max_model_len)
+        if found := re.search(r"max_model_len (?:to at most|of) (\d+)", text):
+            plan(replicas, int(found[1]))
