@@ -1,21 +1,26 @@
 """What a machine with an NVIDIA GPU says about the CUDA backend: its tests, then what each call of it costs.
 
-Needs torch (a CUDA build), cuda-python, pytest and hypothesis, and nothing else of this project's dependencies. Exit
-status: 0 all well, 1 a test failed (the figures are taken all the same), 2 no GPU.
+Needs torch (a CUDA build), cuda-python, pytest and hypothesis, and nothing else of this project's dependencies; tests
+and figures of engines also vLLM's GPU build. Exit status: 0 all well, 1 a test or the benchmark of engines failed (the
+other figures are taken all the same), 2 no GPU.
 
     create_us, map_us, unmap_us, release_us   median of one call for a chunk of the granularity (2 MiB)
+    backed_map_us, backed_unmap_us            likewise in a range that shows scratch where no chunk is (a KV cache)
     commit_gb_per_s, return_gb_per_s          bytes over (create + map), and over (unmap + release), for that chunk
     activation_ratio                          time of a forward outside the pool over inside it, medians of turns
+    no_pressure_..., moves_share, ...         `make bench-elastic ARGS="--scenario no-pressure"`, where vLLM is there
 """
 
 import argparse
 import importlib.util
+import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 from benchmarks.record import finish
@@ -58,9 +63,24 @@ def timed_us(call: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1e6
 
 
-def latencies(vmm: CudaVmm, chunk_bytes: int) -> dict[str, float]:
+def run_engines() -> dict[str, float] | None:
+    """Figures of an elastic engine where memory is plentiful; None where it failed, none where there is no vLLM."""
+    if not any(metadata.distributions(name="vllm")):
+        return {}
+    command = [sys.executable, "-m", "benchmarks.elastic", "--scenario", "no-pressure"]
+    done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True)
+    print(done.stdout)
+    if done.returncode:
+        return None
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def latencies(vmm: CudaVmm, chunk_bytes: int, backed: bool = False) -> dict[str, float]:
     """Median microseconds of each call, over CHUNKS chunks that are all created, mapped, unmapped and released."""
     address = vmm.reserve(CHUNKS * chunk_bytes)
+    if backed:
+        vmm.back(address, CHUNKS * chunk_bytes, chunk_bytes)
     places = [address + at * chunk_bytes for at in range(CHUNKS)]
     for _ in range(2):  # the first round warms up, the second counts
         handles: list[ChunkHandle] = []
@@ -110,18 +130,22 @@ def main() -> int:
     tests = run_tests()
     vmm = CudaVmm()
     chunk = vmm.granularity_bytes
+    backed = latencies(vmm, chunk, backed=True)
     by_size = {size: latencies(vmm, size) for size in (chunk, 4 * chunk, 16 * chunk)}
     ratio = activation_ratio(vmm)
     vmm.close()
+    engines = run_engines()
     small = by_size[chunk]
     finish(
         "gpu_check",
         {
             "tests_exit_status": tests,
             **{f"{call}_us": small[call] for call in CALLS},
+            **{f"backed_{call}_us": backed[call] for call in ("map", "unmap")},
             "commit_gb_per_s": round(chunk / (small["create"] + small["map"]) / 1e3, 3),
             "return_gb_per_s": round(chunk / (small["unmap"] + small["release"]) / 1e3, 3),
             "activation_ratio": ratio,
+            **(engines or {}),
         },
         {
             "device": torch.cuda.get_device_name(0),
@@ -131,7 +155,7 @@ def main() -> int:
             "median_us_by_chunk_bytes": {str(size): figures for size, figures in by_size.items()},
         },
     )
-    return 1 if tests else 0
+    return 1 if tests or engines is None else 0
 
 
 if __name__ == "__main__":

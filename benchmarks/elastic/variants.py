@@ -6,6 +6,7 @@ from benchmarks.elastic.bounds import Memory
 from cluster.bench.report import Slo
 from cluster.config import ModelConfig
 from cluster.default_model import get_default_model
+from cluster.device import KvUnit, find_device
 from cluster.models import ModelFacts, read_facts
 from replicas.spec import EngineSpec
 
@@ -71,10 +72,11 @@ def static_spec(model: BenchModel, max_num_seqs: int, kv_blocks: int, step_token
 def elastic_spec(model: BenchModel, max_num_seqs: int, ceiling_bytes: int, step_tokens: int) -> EngineSpec:
     """KV memory, up to ``ceiling_bytes``, and activations share a lease; a step may take up to ``step_tokens``."""
     facts, block = model.facts, model.block_bytes
+    unit = KvUnit(find_device(), block)
     return replace(
         static_spec(model, max_num_seqs, ceiling_bytes // block, step_tokens),
-        kv_rest_bytes=_SPARE_BLOCKS * block,
-        kv_guarantee_bytes=(model.longest_blocks + 1) * block,
+        kv_rest_bytes=unit.bytes_for(_SPARE_BLOCKS),
+        kv_guarantee_bytes=unit.bytes_for(model.longest_blocks + 1),
         elastic=True,
         charge_activations=True,
         token_bytes=facts.activation_token_bytes,
