@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata, util
 
-from cluster.gpus import chosen_gpu, list_gpus, pinned
+from cluster.gpus import Gpu, chosen_gpu, list_gpus, pinned
 from cluster.host_memory import free_memory_bytes
 from memory_agent.errors import SettingsError
 from memory_agent.extents import ExtentMap, KvGeometry, KvRegion, choose_chunk_bytes
@@ -52,8 +52,7 @@ class Device:
         """What new engines can take now. Raises SettingsError where the GPU does not answer."""
         if not self.is_gpu:
             return free_memory_bytes()
-        free = next(gpu.free_bytes for gpu in list_gpus() if f"gpu{gpu.index}" == self.name)
-        return int(free * (1 - self.spare_share))
+        return int(_gpu_named(self.name).free_bytes * (1 - self.spare_share))
 
     def spike_bytes(self, tokens: int, token_bytes: int, rows: int, row_bytes: int) -> int:
         """Kept free for the largest step of an engine, whoever is charged for it later. A host has it in its
@@ -135,6 +134,11 @@ def find_device() -> Device:
 
 def device_environment(device: Device) -> dict[str, str]:
     """Environment of every process of a cluster on ``device``: CUDA sees that GPU alone, whatever it saw before."""
-    if not device.is_gpu:
-        return {}
-    return pinned(next(one for one in list_gpus() if f"gpu{one.index}" == device.name))
+    return pinned(_gpu_named(device.name)) if device.is_gpu else {}
+
+
+def _gpu_named(name: str) -> Gpu:
+    for one in list_gpus():
+        if f"gpu{one.index}" == name:
+            return one
+    raise SettingsError(f"nvidia-smi does not list {name} any more; see what it says of this machine's GPUs")

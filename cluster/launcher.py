@@ -152,6 +152,7 @@ class LocalCluster:
         check_port(self.config.http.host, self.config.http.port)
         check_platform()
         self.device = find_device()
+        os.environ.update(device_environment(self.device))  # and so of every process that this one starts
         if self.device.is_gpu:
             say(f"engines share {self.device.name}. GPUs are experimental: no GPU has run this project's tests yet")
         say(f"configuration fits, {self.config.http.host}:{self.config.http.port} is free")
@@ -188,7 +189,6 @@ class LocalCluster:
         from cluster.local_ray import start_ray, stop_ray
 
         self._undo.append(("ray", stop_ray))
-        os.environ.update(device_environment(self.device))  # of all processes that Ray starts
         start_ray(footprint, num_cpus=_RAY_CPUS, object_store_bytes=_OBJECT_STORE_BYTES)
 
     def _start_control(self, sizing: Sizing, footprint: Footprint) -> Any:

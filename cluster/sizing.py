@@ -213,7 +213,7 @@ def engine_spec(engine: EngineSizes, budget: int, wanted_rest: int | None) -> En
         async_scheduling=model.async_scheduling,
         # Without compilation and with explicit KV bytes vLLM skips its warm-up on a host: seconds instead of a minute
         # to start. A GPU is slow without CUDA graphs.
-        engine_args=model.engine_args if engine.device.is_gpu else {"enforce_eager": True, **model.engine_args},
+        engine_args=dict(model.engine_args) if engine.device.is_gpu else {"enforce_eager": True, **model.engine_args},
     )
 
 

@@ -91,6 +91,8 @@ def test_the_gpu_build_computes_on_a_gpu(gpu_build: None, monkeypatch: pytest.Mo
     assert (found.name, found.is_gpu, device_named("cpu")) == ("gpu1", True, HOST)
     assert device_environment(found)["CUDA_VISIBLE_DEVICES"] == "1"
     assert 0.9 * 20000 * MIB < found.free_bytes() < 20000 * MIB, "some is left to others"
+    with pytest.raises(SettingsError, match="does not list gpu5"):
+        gpu(5).free_bytes()
 
 
 @pytest.mark.parametrize(
