@@ -12,7 +12,6 @@ own memory, from before the first step: it stays, and is none of this.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 
@@ -22,28 +21,6 @@ from memory_agent.errors import OutOfDeviceMemory
 from replicas.activation_ledger import ActivationSample
 
 logger = logging.getLogger(__name__)
-
-
-class StepMeter(Protocol):
-    """Measures a worker's steps, from the start of one to the start of the next."""
-
-    def finish_step(self, keep_bytes: int = 0) -> list[ActivationSample]:
-        """What the step that was started last took, where that can be told. Of what steps free, so much may be kept
-        from now on."""
-        ...
-
-    def make_room(self, tokens: int, rows: int, step_bytes: int) -> None:
-        """A step of this size comes next, charged for ``step_bytes`` on this worker: give back, before KV memory moves,
-        what would come on top of that."""
-        ...
-
-    def rest(self) -> None:
-        """Give back what past steps left."""
-        ...
-
-    def start_step(self, tokens: int, rows: int) -> None:
-        """The forward of a step with so many tokens of so many requests comes next."""
-        ...
 
 
 class CudaMeter:

@@ -29,7 +29,7 @@ from memory_agent.kv_fingerprint import KvFingerprint
 from memory_agent.lease_board import NO_FD
 from replicas.activation_ledger import ActivationSample
 from replicas.activation_meter import ActivationMeter
-from replicas.cuda_meter import CudaMeter, StepMeter
+from replicas.cuda_meter import CudaMeter
 from replicas.elastic_kv import ElasticKv
 from replicas.elastic_prefill import ElasticPrefill, Objectives
 from replicas.elastic_settings import ElasticSettings
@@ -39,6 +39,7 @@ from replicas.kv_device import CudaDevice, worker_device
 from replicas.kv_geometry import check_extents, kv_geometry, kv_groups
 from replicas.kv_memory import KvMemory
 from replicas.kv_moves import KvAck, KvAcks, KvHandshake, KvMoves
+from replicas.step_meter import StepMeter
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
