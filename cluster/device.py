@@ -18,7 +18,7 @@ from memory_agent.extents import ExtentMap, KvGeometry, KvRegion, choose_chunk_b
 from replicas.spec import step_bytes
 
 GIB = 1 << 30
-_SPIKE = 2
+_STEP_RESERVE = 2
 """Activations of the largest step of a GPU are taken at so many times their estimate: vLLM runs such a step before any
 lease is asked, and torch keeps more than a step uses. Not measured."""
 _MANY_BLOCKS = 1 << 16
@@ -54,10 +54,10 @@ class Device:
             return free_memory_bytes()
         return int(_gpu_named(self.name).free_bytes * (1 - self.spare_share))
 
-    def spike_bytes(self, tokens: int, token_bytes: int, rows: int, row_bytes: int) -> int:
+    def step_reserve_bytes(self, tokens: int, token_bytes: int, rows: int, row_bytes: int) -> int:
         """Kept free for the largest step of an engine, whoever is charged for it later. A host has it in its
         replica_bytes."""
-        return _SPIKE * step_bytes(tokens, token_bytes, rows, row_bytes) if self.is_gpu else 0
+        return _STEP_RESERVE * step_bytes(tokens, token_bytes, rows, row_bytes) if self.is_gpu else 0
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,10 @@ class ModelEntry:
         """Processes and weights of all its replicas on the device, and KV memory that is not elastic."""
         spec = self.spec
         static = 0 if spec.elastic else spec.kv_ceiling_bytes
-        spike = device.spike_bytes(spec.max_num_batched_tokens, spec.token_bytes, spec.max_num_seqs, spec.row_bytes)
-        return self.config.replicas * (device.replica_bytes + spike + spec.weights_bytes + static)
+        reserve = device.step_reserve_bytes(
+            spec.max_num_batched_tokens, spec.token_bytes, spec.max_num_seqs, spec.row_bytes
+        )
+        return self.config.replicas * (device.replica_bytes + reserve + spec.weights_bytes + static)
 
 
 def new_entry(config: ModelConfig, spec: EngineSpec, guarantee_bytes: int) -> ModelEntry:

@@ -124,13 +124,13 @@ class EngineSizes:
     @property
     def process_bytes(self) -> int:
         """Of a replica without its weights and KV memory."""
-        spike = self.device.spike_bytes(
+        reserve = self.device.step_reserve_bytes(
             self.model.max_num_batched_tokens,
             self.facts.activation_token_bytes,
             self.model.max_num_seqs,
             self.facts.logits_row_bytes,
         )
-        return self.device.replica_bytes + spike
+        return self.device.replica_bytes + reserve
 
     @property
     def fixed_bytes(self) -> int:
