@@ -5,9 +5,10 @@ anew has it back one report of each device later. A report older than STALE_AFTE
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
+from operator import attrgetter
 from typing import Any, Protocol
 
 from memory_agent.reports import DeviceReport, EngineReport, PressureLevel
@@ -16,7 +17,15 @@ from replicas.targets import ReplicaTarget
 STALE_AFTER_S = 3.0
 FORGET_AFTER_S = 60.0
 """A device without reports is listed as absent this long."""
+_FORGET_EVERY_S = 1.0
 _RATIO_CEILING = 99.0
+
+
+def _numbers_of(report: type[DeviceReport] | type[EngineReport]) -> Callable[[Any], tuple[float, ...]]:
+    return attrgetter(*(field.name for field in fields(report) if field.type in (int, float)))
+
+
+_DEVICE_NUMBERS, _ENGINE_NUMBERS = _numbers_of(DeviceReport), _numbers_of(EngineReport)
 
 
 class TargetBounds(Protocol):
@@ -45,6 +54,7 @@ class EnginePressure:
     Attributes:
         kv_usage: used share of the capacity inside the lease, 0 to 1; demand_ratio: demanded bytes over the limit.
         age_s: age of the report when this view was made.
+        kv_tokens: tokens that fit inside the lease.
     """
 
     level: PressureLevel
@@ -53,6 +63,7 @@ class EnginePressure:
     running: int
     waiting: int
     age_s: float
+    kv_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,7 @@ class ClusterView:
         # A wall clock as the first revision: no view of a former life can be mistaken for one of this life.
         self._revision = epoch_ms
         self._shown: dict[str, EnginePressure] = {}
+        self._forget_at_s = -math.inf
 
     def receive(self, report: DeviceReport, now_s: float) -> ReportOutcome:
         """Take in a report and plan for its engines. Reports of a device count in order of (agent life, sequence)."""
@@ -87,7 +99,8 @@ class ClusterView:
         self._outcomes[outcome] += 1
         if outcome is ReportOutcome.APPLIED:
             self._devices[report.node, report.device] = _Received(report, now_s)
-            self._forget(now_s)
+            if now_s >= self._forget_at_s:
+                self._forget(now_s)
             for engine in report.engines:
                 self._plan(engine)
         return outcome
@@ -106,6 +119,7 @@ class ClusterView:
                 running=engine.running,
                 waiting=engine.waiting,
                 age_s=now_s - received.at_s,
+                kv_tokens=engine.reachable_blocks * engine.block_tokens,
             )
             for received in self._fresh(now_s)
             for engine in received.report.engines
@@ -156,7 +170,9 @@ class ClusterView:
             )
 
     def _forget(self, now_s: float) -> None:
-        """Drop devices long gone, and the targets of engines that no known device has."""
+        """Drop devices long gone, and the targets of engines that no known device has. It looks at all of them, so not
+        with every report."""
+        self._forget_at_s = now_s + _FORGET_EVERY_S
         self._devices = {key: one for key, one in self._devices.items() if now_s - one.at_s <= FORGET_AFTER_S}
         known = {engine.engine_id for one in self._devices.values() for engine in one.report.engines}
         self._targets = {engine_id: target for engine_id, target in self._targets.items() if engine_id in known}
@@ -200,12 +216,9 @@ def _order(report: DeviceReport) -> tuple[int, int]:
 
 
 def _numbers(report: DeviceReport) -> Iterator[float]:
-    parts: tuple[DeviceReport | EngineReport, ...] = (report, *report.engines)
-    for part in parts:
-        for field in fields(part):
-            value = getattr(part, field.name)
-            if isinstance(value, int | float):
-                yield value
+    yield from _DEVICE_NUMBERS(report)
+    for engine in report.engines:
+        yield from _ENGINE_NUMBERS(engine)
 
 
 def _target_json(target: ReplicaTarget | None) -> dict[str, int] | None:

@@ -167,7 +167,7 @@ class HttpConfig(_Section):
 
 class SloClass(_Section):
     """Latency targets of one class of requests. Those of the first class decide how many prompts the host buffer lets
-    in before there is memory to decode them; nothing else is decided by them yet."""
+    in before there is memory to decode them. The rest decides in `ellm simulate` and `ellm plan` alone yet."""
 
     name: str = Field(default="standard", min_length=1)
     """Name of the class."""
@@ -175,6 +175,12 @@ class SloClass(_Section):
     """Target of the time to the first token, in milliseconds."""
     tpot_ms: float = Field(default=200.0, gt=0)
     """Target of the time per output token after the first, in milliseconds."""
+    weight: float = Field(default=1.0, ge=0.001, le=1e6)
+    """Part of the cluster's work under overload, against other classes' weights."""
+    deadline_ms: Annotated[float, Field(gt=0)] | None = None
+    """Target of the whole answer, in milliseconds; it also bounds how long a request waits. null: none."""
+    sheddable: bool = True
+    """Whether requests are refused at once where their targets cannot be met any more. false: they wait."""
 
 
 class ControllerConfig(_Section):

@@ -1,9 +1,7 @@
 """The most that memory and speed allow. Pure: measured bytes and rates in, ratios out.
 
-    device bytes  |--- activations of the largest step ---|--- KV blocks: null | request | request | rest ---|
-
-A static engine sets the first part aside for its largest step for ever; an elastic one needs it while the step runs and
-can make do with the smallest step. So the elastic engine's bound is what fits beside the smallest step.
+Of a device's bytes (``replicas.step_memory``) the elastic engine's bound is what fits beside its smallest step, a
+static engine's what fits beside its largest.
 """
 
 import math
@@ -12,38 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from replicas.step_memory import Memory
+from replicas.step_time import nonnegative_solve
+
 STATIC = ("A", "B", "C")
 """The baselines. Every other variant is ours."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What tokens cost.
-
-    Attributes:
-        block_bytes, block_tokens: of a KV block.
-        token_bytes: activations of a token of a step; step_bytes: of a step whatever its size.
-    """
-
-    block_bytes: int
-    block_tokens: int
-    token_bytes: float
-    step_bytes: float
-
-    def activation_bytes(self, tokens: int) -> int:
-        """Activations of a step."""
-        return round(self.step_bytes + tokens * self.token_bytes)
-
-    def blocks(self, device_bytes: int, step_tokens: int) -> int:
-        """KV blocks beside the activations of a step, vLLM's null block included; 0 where there is no room."""
-        return max(0, device_bytes - self.activation_bytes(step_tokens)) // self.block_bytes
-
-    def held(self, device_bytes: int, step_tokens: int, request_tokens: int) -> int:
-        """Requests of ``request_tokens``, prompt and output, whose KV fits at once beside such a step."""
-        return max(0, self.blocks(device_bytes, step_tokens) - 1) // self.request_blocks(request_tokens)
-
-    def request_blocks(self, request_tokens: int) -> int:
-        return -(-request_tokens // self.block_tokens)
 
 
 def fit_memory(block_bytes: int, block_tokens: int, peaks: Sequence[tuple[int, int]]) -> Memory:
@@ -85,15 +56,7 @@ def fit_decode(prefill_s: Mapping[int, float], points: Sequence[tuple[int, float
     """Least squares over ``points``, (batch, context, seconds of a step); no part is negative."""
     rows = np.array([[1.0, batch, batch * context] for batch, context, _ in points])
     seconds = np.array([point[2] for point in points])
-    parts = [0, 1, 2]
-    solution = np.zeros(3)
-    while parts:
-        found = np.linalg.lstsq(rows[:, parts], seconds, rcond=None)[0]
-        if (found >= 0).all():
-            solution[parts] = found
-            break
-        del parts[int(found.argmin())]
-    return Speed(prefill_s, *(float(part) for part in solution))
+    return Speed(prefill_s, *(float(part) for part in nonnegative_solve(rows.T @ rows, rows.T @ seconds)))
 
 
 @dataclass(frozen=True)

@@ -87,9 +87,12 @@ class Slo:
         return cls(**{f"{name}_ms": bound for name, bound in bounds.items()})
 
     def kept_by(self, record: RequestRecord) -> bool:
-        if record.error is not None:
-            return False
-        pairs = ((record.ttft_s, self.ttft_ms), (record.tpot_s, self.tpot_ms), (record.latency_s, self.e2el_ms))
+        """False for a failed request."""
+        return record.error is None and self.met_by(record.ttft_s, record.tpot_s, record.latency_s)
+
+    def met_by(self, ttft_s: float, tpot_s: float, latency_s: float) -> bool:
+        """Of an answered request; a time that is NaN meets no bound."""
+        pairs = ((ttft_s, self.ttft_ms), (tpot_s, self.tpot_ms), (latency_s, self.e2el_ms))
         return all(bound_ms is None or value_s * 1000 <= bound_ms for value_s, bound_ms in pairs)
 
 

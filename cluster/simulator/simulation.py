@@ -1,0 +1,380 @@
+"""The event loop: requests come, engines end runs of steps, agents report, the controller plans, things break.
+
+    arrivals (in order) ---\\
+                            >--- next in time ---> router -> engine model -> outcome
+    heap of (time, number) /          |
+                                      +--> reports -> ClusterView -> pressure view -> routers
+
+Events of one moment run in the order in which they were made, and chance comes from the seed alone, so a run repeats
+bit for bit.
+"""
+
+import heapq
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from cluster.bench.report import Slo
+from cluster.bench.traces import BLOCK_TOKENS
+from cluster.cluster_view import ClusterView
+from cluster.config import ControllerConfig, SloClass
+from cluster.prediction import PredictionError, Predictor
+from cluster.routing_policy import LEFT_OUT, RouteRequest
+from cluster.simulator.arrivals import Arrival
+from cluster.simulator.faults import Fault, FaultKind, check_faults
+from cluster.simulator.result import MemorySample, SimulationResult
+from cluster.simulator.scenario import Progress, Scenario
+from cluster.simulator.sim_replica import SimReplica
+from cluster.simulator.sim_router import SimRouter
+from cluster.slo import Ending, Outcome, SloAccount, class_targets
+from replicas.decode_batch import EngineRequest
+from replicas.step_time import StepTime, StepTimeModel
+
+_LEARNERS = 8
+"""Engines whose steps teach the step-time model, at each report."""
+_NO_REPLICA = -1
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    """One request on its way.
+
+    Attributes:
+        row: the replica that has it.
+        charged: tokens of its prompt that its router takes to be computed there.
+        predicted: TTFT and TPOT when it was sent.
+    """
+
+    arrival: Arrival
+    number: int
+    slo: Slo
+    router: SimRouter
+    route: RouteRequest
+    row: int = _NO_REPLICA
+    tries: int = 0
+    charged: int = 0
+    predicted: tuple[float, float] | None = None
+    engine: EngineRequest | None = None
+    sent_s: float = 0.0
+    first_s: float = math.nan
+    ended: bool = False
+
+
+@dataclass
+class Learned:
+    """What is learned while it runs: the step time of the engines, and how good predictions are."""
+
+    model: StepTimeModel
+    ttft: PredictionError = field(default_factory=PredictionError)
+    tpot: PredictionError = field(default_factory=PredictionError)
+
+
+class Simulation:
+    """One run. Raises BenchError for what does not fit together.
+
+    Args:
+        prefix_tokens: of the arrivals' prefix blocks.
+    """
+
+    def __init__(self, scenario: Scenario, arrivals: Sequence[Arrival], prefix_tokens: int = BLOCK_TOKENS) -> None:
+        check_faults(scenario.faults, scenario.replicas, scenario.nodes)
+        profile = scenario.profile
+        rng = random.Random(scenario.seed)
+        self._scenario, self._arrivals = scenario, arrivals
+        self._classes = {one.name: one for one in scenario.classes}
+        self._slos = {one.name: class_targets(one) for one in scenario.classes}
+        self.replicas = [
+            SimReplica(f"replica-{n:05d}", f"node-{n // scenario.per_node:05d}", profile, prefix_tokens)
+            for n in range(scenario.replicas)
+        ]
+        names = [replica.name for replica in self.replicas]
+        # What is assumed first is wrong on purpose: it is learned from the steps that the engines report.
+        known = profile.step_time
+        self._learned = Learned(StepTimeModel(StepTime(2 * known.step_s, token_s=2 * known.token_s)))
+        self._routers = [
+            SimRouter(scenario.policy, names, self._predictor, prefix_tokens, profile.kv_tokens, scenario.routers, rng)
+            for _ in range(scenario.routers)
+        ]
+        self._controller = ClusterView(ControllerConfig(), epoch_ms=0)
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._numbers = itertools.count()
+        self._owners: dict[int, _Request] = {}
+        self._held_back: list[tuple[int, Sequence[EngineRequest], Sequence[EngineRequest]]] = []
+        self._open = len(arrivals)
+        self._account = SloAccount()
+        self._result = SimulationResult(scenario, self._account, self._learned.ttft, self._learned.tpot)
+
+    def run(self, progress: Progress | None = None) -> SimulationResult:
+        """Until the last request has ended."""
+        scenario, events, arrivals = self._scenario, self._events, self._arrivals
+        for fault in scenario.faults:
+            self._at(fault.at_s, partial(self._break, fault))
+            self._at(fault.at_s + fault.lasts_s, partial(self._mend, fault))
+        self._report(0.0)
+        self._sample(0.0)
+        total, coming, now_s = len(arrivals), 0, 0.0
+        while self._open:
+            if coming < total and (not events or arrivals[coming].at_s <= events[0][0]):
+                now_s = arrivals[coming].at_s
+                self._arrive(arrivals[coming], coming, now_s)
+                coming += 1
+                if progress is not None and coming % 1000 == 0:
+                    progress(total - self._open, total)
+            else:
+                now_s, _number, run = heapq.heappop(events)
+                run(now_s)
+        self._result.duration_s = now_s
+        self._result.preemptions = sum(replica.engine.preemptions for replica in self.replicas)
+        if progress is not None:
+            progress(total, total)
+        return self._result
+
+    def _at(self, at_s: float, run: Callable[[float], None]) -> None:
+        heapq.heappush(self._events, (at_s, next(self._numbers), run))
+
+    def _predictor(self) -> Predictor:
+        profile = self._scenario.profile
+        return Predictor(
+            self._learned.model.step_time, profile.max_num_batched_tokens, profile.max_num_seqs, profile.overhead_s
+        )
+
+    # requests
+
+    def _arrive(self, arrival: Arrival, number: int, now_s: float) -> None:
+        slo_class = self._class_of(arrival)
+        slo = self._slos[slo_class.name]
+        request = _Request(
+            arrival,
+            number,
+            slo,
+            self._routers[number % len(self._routers)],
+            RouteRequest(arrival.prompt_tokens, arrival.prefix, slo),
+        )
+        if slo_class.deadline_ms is not None:
+            self._at(now_s + slo_class.deadline_ms / 1000, lambda at_s: self._time_out(request, at_s))
+        self._route(request, now_s)
+
+    def _class_of(self, arrival: Arrival) -> SloClass:
+        return self._classes[arrival.slo_class] if arrival.slo_class else self._scenario.classes[0]
+
+    def _route(self, request: _Request, now_s: float) -> None:
+        if request.ended:
+            return
+        ranking = request.router.rank(request.route, now_s)
+        row = ranking.best
+        request.tries += 1
+        request.row = row
+        if ranking.predicted is not None and request.tries == 1 and ranking.scores[row] < LEFT_OUT:
+            request.predicted = float(ranking.predicted.ttft_s[row]), float(ranking.predicted.tpot_s[row])
+        request.charged = request.router.send(request.route, ranking, row, now_s)
+        replica = self.replicas[row]
+        if not replica.reachable:
+            self._at(now_s + self._scenario.timeout_s, lambda at_s: self._unanswered(request, row, at_s))
+        elif not replica.up:
+            self._lose(request, now_s)
+        else:
+            self._submit(request, row, now_s)
+
+    def _submit(self, request: _Request, row: int, now_s: float) -> None:
+        arrival, engine = request.arrival, self.replicas[row].engine
+        request.engine = EngineRequest(request.number, arrival.prompt_tokens, arrival.output_tokens, arrival.prefix)
+        request.sent_s = now_s
+        self._owners[request.number] = request
+        engine.submit(request.engine, now_s)
+        self._follow(row)
+
+    def _follow(self, row: int) -> None:
+        """Be there when the engine's run of steps ends, unless it has been ended before."""
+        engine = self.replicas[row].engine
+        at_s = engine.next_event_s
+        if at_s < math.inf:
+            self._at(at_s, lambda now_s: self._advance(row, now_s))
+
+    def _advance(self, row: int, now_s: float) -> None:
+        replica = self.replicas[row]
+        if replica.engine.next_event_s != now_s or not replica.up:
+            return
+        progress = replica.engine.advance()
+        if progress.started or progress.finished:
+            if replica.reachable:
+                self._tell(row, progress.started, progress.finished, now_s)
+            else:
+                self._held_back.append((row, progress.started, progress.finished))
+        self._follow(row)
+
+    def _tell(
+        self, row: int, started: Sequence[EngineRequest], finished: Sequence[EngineRequest], now_s: float
+    ) -> None:
+        """Tokens have come from a replica."""
+        for one in started:
+            request = self._owners.get(one.request_id)
+            if request is not None and request.engine is one:
+                request.first_s = now_s + self._scenario.profile.overhead_s
+                request.router.fleet.first_token(row, request.charged)
+        for one in finished:
+            request = self._owners.get(one.request_id)
+            if request is not None and request.engine is one:
+                request.router.fleet.ended(row)
+                request.router.traffic.answered(one.output_tokens)
+                self._end(request, Ending.ANSWERED, now_s)
+
+    def _unanswered(self, request: _Request, row: int, now_s: float) -> None:
+        """A replica that could not be reached when a request was sent to it has not answered in time."""
+        if not request.ended:
+            self._lose(request, now_s)
+
+    def _lose(self, request: _Request, now_s: float) -> None:
+        """Its replica has died or does not answer: another one, as long as there is no token and a try left."""
+        request.router.fleet.failed(request.row, now_s)
+        request.router.fleet.ended(request.row, request.charged if math.isnan(request.first_s) else 0)
+        if math.isnan(request.first_s) and request.tries <= self._scenario.retries:
+            self._owners.pop(request.number, None)
+            self._at(now_s, lambda at_s: self._route(request, at_s))
+        else:
+            self._end(request, Ending.FAILED, now_s)
+
+    def _time_out(self, request: _Request, now_s: float) -> None:
+        if request.ended:
+            return
+        if request.row != _NO_REPLICA:
+            waits = math.isnan(request.first_s)
+            request.router.fleet.ended(request.row, request.charged if waits else 0)
+            if request.engine is not None:
+                self.replicas[request.row].engine.cancel(request.engine)
+        self._end(request, Ending.TIMED_OUT, now_s)
+
+    def _end(self, request: _Request, ending: Ending, now_s: float) -> None:
+        request.ended = True
+        self._owners.pop(request.number, None)
+        self._open -= 1
+        arrival = request.arrival
+        overhead_s = self._scenario.profile.overhead_s
+        ttft_s = request.first_s - arrival.at_s
+        after_first_s = now_s + overhead_s - request.first_s
+        tpot_s = after_first_s / (arrival.output_tokens - 1) if arrival.output_tokens > 1 else 0.0
+        outcome = Outcome(
+            slo_class=self._class_of(arrival).name,
+            model=self._scenario.profile.name,
+            replica="" if request.row == _NO_REPLICA else self.replicas[request.row].name,
+            slo=request.slo,
+            ending=ending,
+            ttft_s=ttft_s,
+            tpot_s=tpot_s,
+            latency_s=now_s + overhead_s - arrival.at_s,
+            output_tokens=arrival.output_tokens if ending is Ending.ANSWERED else 0,
+        )
+        self._result.add(request.number, arrival, outcome, request.engine)
+        if ending is Ending.ANSWERED and request.predicted is not None:
+            waited_s = request.sent_s - arrival.at_s
+            self._learned.ttft.observe(request.predicted[0], ttft_s - waited_s)
+            self._learned.tpot.observe(request.predicted[1], tpot_s)
+
+    # control
+
+    def _report(self, now_s: float) -> None:
+        """Agents report, the controller plans, and routers get its view."""
+        for replica in self.replicas:
+            if replica.reporting and replica.reachable:
+                self._controller.receive(replica.report(now_s), now_s)
+        self._learn()
+        view = self._controller.pressure_view(now_s)
+        for router in self._routers:
+            router.fleet.take(view.engines, now_s)
+        self._at(now_s + self._scenario.report_every_s, self._report)
+
+    def _learn(self) -> None:
+        """Steps of some engines, in turn, teach the step-time model."""
+        count = len(self.replicas)
+        first = self._result.reports * _LEARNERS % count
+        self._result.reports += 1
+        for at in range(first, first + min(_LEARNERS, count)):
+            replica = self.replicas[at % count]
+            step = replica.engine.last_step() if replica.up and replica.reporting else None
+            if step is not None:
+                self._learned.model.observe(*step)
+
+    def _sample(self, now_s: float) -> None:
+        block = self._scenario.profile.memory.block_bytes
+        used = cached = activations = running = waiting = up = 0
+        for replica in self.replicas:
+            if replica.up:
+                counts = replica.engine.counts()
+                up += 1
+                used += counts.used_blocks
+                cached += counts.cached_blocks
+                activations += counts.activation_bytes
+                running += counts.running
+                waiting += counts.waiting
+        profile = self._scenario.profile
+        set_aside = profile.memory.activation_bytes(profile.max_num_batched_tokens)
+        self._result.samples.append(
+            MemorySample(
+                at_s=now_s,
+                weights_bytes=up * profile.weights_bytes,
+                kv_used_bytes=used * block,
+                kv_cached_bytes=cached * block,
+                activation_bytes=activations if profile.elastic else up * set_aside,
+                device_bytes=up * profile.device_bytes,
+                running=running,
+                waiting=waiting,
+                replicas=up,
+            )
+        )
+        self._at(now_s + self._scenario.sample_every_s, self._sample)
+
+    # faults
+
+    def _on_node(self, node: int) -> list[int]:
+        first = node * self._scenario.per_node
+        return list(range(first, min(first + self._scenario.per_node, len(self.replicas))))
+
+    def _break(self, fault: Fault, now_s: float) -> None:
+        if fault.kind in (FaultKind.REPLICA, FaultKind.NODE):
+            rows = [fault.target] if fault.kind is FaultKind.REPLICA else self._on_node(fault.target)
+            for row in rows:
+                self._die(row, now_s)
+        elif fault.kind is FaultKind.SLOW:
+            self.replicas[fault.target].engine.slowness = fault.factor
+        else:
+            for row in self._on_node(fault.target):
+                self._cut_off(self.replicas[row], fault.kind, True)
+
+    def _mend(self, fault: Fault, now_s: float) -> None:
+        if fault.kind in (FaultKind.REPLICA, FaultKind.NODE):
+            rows = [fault.target] if fault.kind is FaultKind.REPLICA else self._on_node(fault.target)
+            for row in rows:
+                self.replicas[row].restart()
+        elif fault.kind is FaultKind.SLOW:
+            self.replicas[fault.target].engine.slowness = 1.0
+        else:
+            for row in self._on_node(fault.target):
+                self._cut_off(self.replicas[row], fault.kind, False)
+            held_back, self._held_back = self._held_back, []
+            for row, started, finished in held_back:
+                if self.replicas[row].reachable:
+                    self._tell(row, started, finished, now_s)
+                else:
+                    self._held_back.append((row, started, finished))
+
+    @staticmethod
+    def _cut_off(replica: SimReplica, kind: FaultKind, broken: bool) -> None:
+        if kind is FaultKind.AGENT:
+            replica.reporting = not broken
+        elif kind is FaultKind.PARTITION:
+            replica.reachable = not broken
+        else:
+            replica.frozen = broken
+
+    def _die(self, row: int, now_s: float) -> None:
+        replica = self.replicas[row]
+        replica.up = False
+        lost = replica.engine.drain()
+        for router in self._routers:
+            router.policy.lost(row)
+        for one in lost:
+            request = self._owners.get(one.request_id)
+            if request is not None and request.engine is one:
+                self._lose(request, now_s)
