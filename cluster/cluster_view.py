@@ -98,7 +98,10 @@ class ClusterView:
         outcome = self._judge(report, now_s)
         self._outcomes[outcome] += 1
         if outcome is ReportOutcome.APPLIED:
+            before = self._devices.get((report.node, report.device))
             self._devices[report.node, report.device] = _Received(report, now_s)
+            if before is not None:
+                self._drop_targets(before.report, {engine.engine_id for engine in report.engines})
             if now_s >= self._forget_at_s:
                 self._forget(now_s)
             for engine in report.engines:
@@ -170,12 +173,18 @@ class ClusterView:
             )
 
     def _forget(self, now_s: float) -> None:
-        """Drop devices long gone, and the targets of engines that no known device has. It looks at all of them, so not
-        with every report."""
+        """Drop devices long gone, and their engines' targets. It looks at all devices, so not with every report."""
         self._forget_at_s = now_s + _FORGET_EVERY_S
-        self._devices = {key: one for key, one in self._devices.items() if now_s - one.at_s <= FORGET_AFTER_S}
-        known = {engine.engine_id for one in self._devices.values() for engine in one.report.engines}
-        self._targets = {engine_id: target for engine_id, target in self._targets.items() if engine_id in known}
+        for key, received in list(self._devices.items()):
+            if now_s - received.at_s > FORGET_AFTER_S:
+                del self._devices[key]
+                self._drop_targets(received.report, set())
+
+    def _drop_targets(self, report: DeviceReport, kept: set[str]) -> None:
+        """Drop the targets of a device's former engines; an engine stays on its device."""
+        for engine in report.engines:
+            if engine.engine_id not in kept:
+                self._targets.pop(engine.engine_id, None)
 
     def _fresh(self, now_s: float) -> Iterator[_Received]:
         for _, received in sorted(self._devices.items()):
