@@ -19,6 +19,7 @@ from cluster.config_file import ConfigError, example_config, load_config, valida
 from cluster.default_model import DefaultModelError, get_default_model
 from cluster.models_command import models_app
 from cluster.readiness import NoAnswer, read_status
+from cluster.simulator.command import plan, simulate
 
 if TYPE_CHECKING:
     from cluster.launcher import LocalCluster
@@ -35,6 +36,8 @@ model_app = typer.Typer(help="The default model.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(models_app, name="models")
 app.command()(bench)
+app.command()(simulate)
+app.command()(plan)
 
 _WATCH_S = 1.0
 

@@ -52,6 +52,7 @@ class FleetView:
         in_flight: requests that this router has sent and that have not ended.
         pending_tokens: of prompts among these, without what is in a prefix cache, until their first token.
         changed: sent less ended since the report.
+        closed: replicas that are to get no requests: they drain, or have not started yet.
     """
 
     def __init__(self, ids: Sequence[str] = ()) -> None:
@@ -122,10 +123,11 @@ class FleetView:
         self._back_s[row] = now_s + min(_LEFT_OUT_S * 2.0 ** (self._failures[row] - 1), _LEFT_OUT_MOST_S)
 
     def left_out(self, now_s: float) -> Bools:
-        """Replicas that failed and get no request now. One whose time is over counts as back while it is on trial, with
-        no more than one request."""
+        """Replicas that get no request now: closed ones, and those that failed. One whose time is over is on trial,
+        with
+        one request at a time, until a first token comes."""
         on_trial = (self._failures > 0) & (self.in_flight > 0)
-        return (now_s < self._back_s) | on_trial
+        return (now_s < self._back_s) | on_trial | self.closed
 
     def fresh(self, now_s: float) -> Bools:
         """Replicas with a recent report."""
@@ -142,4 +144,5 @@ class FleetView:
         self.running, self.waiting = np.zeros(rows), np.zeros(rows)
         self.kv_tokens, self.kv_used = np.zeros(rows), np.zeros(rows)
         self.in_flight, self.changed, self.pending_tokens = np.zeros(rows), np.zeros(rows), np.zeros(rows)
+        self.closed: Bools = np.zeros(rows, dtype=bool)
         self._failures, self._back_s = np.zeros(rows), np.full(rows, -math.inf)

@@ -111,7 +111,7 @@ def bench(
             _refuse(random_options, "belongs to random prompts: leave it out, or leave out --trace")
             work = _replayed(trace, trace_options, warmup, seed, vocab_size)
         arrivals = _arrivals(request_rate, burstiness, concurrency, time_scale, trace is not None)
-        _check_output(json_file, records)
+        check_output(json_file, records)
         options = ServerOptions(
             base_url=base_url,
             model=model,
@@ -251,7 +251,7 @@ def _body(text: str | None) -> dict[str, Any]:
     return body
 
 
-def _check_output(file: Path | None, records: bool) -> None:
+def check_output(file: Path | None, records: bool) -> None:
     """A run can take hours: find out before it that its result has a place."""
     if file is None:
         if records:

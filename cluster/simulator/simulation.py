@@ -14,16 +14,19 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
+from cluster.admission import AdmissionQueue, Ticket, Verdict
 from cluster.bench.report import Slo
 from cluster.bench.traces import BLOCK_TOKENS
-from cluster.cluster_view import ClusterView
-from cluster.config import ControllerConfig, SloClass
+from cluster.config import SloClass
 from cluster.prediction import PredictionError, Predictor
-from cluster.routing_policy import LEFT_OUT, RouteRequest
+from cluster.routing_policy import LEFT_OUT, SATURATED, Ranking, RouteRequest
 from cluster.simulator.arrivals import Arrival
+from cluster.simulator.control_plane import ControlPlane
 from cluster.simulator.faults import Fault, FaultKind, check_faults
 from cluster.simulator.result import MemorySample, SimulationResult
 from cluster.simulator.scenario import Progress, Scenario
@@ -31,11 +34,10 @@ from cluster.simulator.sim_replica import SimReplica
 from cluster.simulator.sim_router import SimRouter
 from cluster.slo import Ending, Outcome, SloAccount, class_targets
 from replicas.decode_batch import EngineRequest
-from replicas.step_time import StepTime, StepTimeModel
 
-_LEARNERS = 8
-"""Engines whose steps teach the step-time model, at each report."""
 _NO_REPLICA = -1
+_ROOM_SHARE = 0.25
+"""Of the tightest TTFT target that a request may wait in an engine: longer it waits at the door."""
 
 
 @dataclass(eq=False, slots=True)
@@ -63,15 +65,6 @@ class _Request:
     ended: bool = False
 
 
-@dataclass
-class Learned:
-    """What is learned while it runs: the step time of the engines, and how good predictions are."""
-
-    model: StepTimeModel
-    ttft: PredictionError = field(default_factory=PredictionError)
-    tpot: PredictionError = field(default_factory=PredictionError)
-
-
 class Simulation:
     """One run. Raises BenchError for what does not fit together.
 
@@ -88,24 +81,26 @@ class Simulation:
         self._slos = {one.name: class_targets(one) for one in scenario.classes}
         self.replicas = [
             SimReplica(f"replica-{n:05d}", f"node-{n // scenario.per_node:05d}", profile, prefix_tokens)
-            for n in range(scenario.replicas)
+            for n in range(max(scenario.replicas, scenario.replicas_most))
         ]
         names = [replica.name for replica in self.replicas]
-        # What is assumed first is wrong on purpose: it is learned from the steps that the engines report.
-        known = profile.step_time
-        self._learned = Learned(StepTimeModel(StepTime(2 * known.step_s, token_s=2 * known.token_s)))
         self._routers = [
             SimRouter(scenario.policy, names, self._predictor, prefix_tokens, profile.kv_tokens, scenario.routers, rng)
             for _ in range(scenario.routers)
         ]
-        self._controller = ClusterView(ControllerConfig(), epoch_ms=0)
+        self._control = ControlPlane(scenario, self.replicas, self._routers)
+        self._door = AdmissionQueue(scenario.classes)
+        self._waiting: dict[int, _Request] = {}
+        classes = scenario.classes
+        self._tightest_s = min(c.ttft_ms for c in classes) / 1000, min(c.tpot_ms for c in classes) / 1000
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._numbers = itertools.count()
         self._owners: dict[int, _Request] = {}
         self._held_back: list[tuple[int, Sequence[EngineRequest], Sequence[EngineRequest]]] = []
         self._open = len(arrivals)
         self._account = SloAccount()
-        self._result = SimulationResult(scenario, self._account, self._learned.ttft, self._learned.tpot)
+        self._ttft_error, self._tpot_error = PredictionError(), PredictionError()
+        self._result = SimulationResult(scenario, self._account, self._ttft_error, self._tpot_error)
 
     def run(self, progress: Progress | None = None) -> SimulationResult:
         """Until the last request has ended."""
@@ -127,6 +122,7 @@ class Simulation:
                 now_s, _number, run = heapq.heappop(events)
                 run(now_s)
         self._result.duration_s = now_s
+        self._result.reports = self._control.rounds
         self._result.preemptions = sum(replica.engine.preemptions for replica in self.replicas)
         if progress is not None:
             progress(total, total)
@@ -136,10 +132,7 @@ class Simulation:
         heapq.heappush(self._events, (at_s, next(self._numbers), run))
 
     def _predictor(self) -> Predictor:
-        profile = self._scenario.profile
-        return Predictor(
-            self._learned.model.step_time, profile.max_num_batched_tokens, profile.max_num_seqs, profile.overhead_s
-        )
+        return self._control.predictor
 
     # requests
 
@@ -154,16 +147,76 @@ class Simulation:
             RouteRequest(arrival.prompt_tokens, arrival.prefix, slo),
         )
         if slo_class.deadline_ms is not None:
-            self._at(now_s + slo_class.deadline_ms / 1000, lambda at_s: self._time_out(request, at_s))
-        self._route(request, now_s)
+            self._at(now_s + slo_class.deadline_ms / 1000, partial(self._time_out, request))
+        self._control.arrived(arrival.prompt_tokens)
+        if self._scenario.admission:
+            self._offer(request, now_s)
+        else:
+            self._route(request, now_s)
+
+    def _offer(self, request: _Request, now_s: float) -> None:
+        """The request is at the door."""
+        arrival = request.arrival
+        step, traffic = self._control.predictor.step_time, request.router.traffic
+        ticket = Ticket(
+            number=request.number,
+            slo_class=self._class_of(arrival).name,
+            tenant=arrival.tenant,
+            tokens=arrival.prompt_tokens + round(traffic.output_tokens),
+            arrived_s=now_s,
+            due_s=now_s + (request.slo.ttft_ms or math.inf) / 1000,
+            compute_s=step.prompt_s(arrival.prompt_tokens, self._scenario.profile.max_num_batched_tokens),
+        )
+        ranking = request.router.rank(request.route, now_s)
+        decision = self._door.offer(ticket, now_s, self._has_room(request, ranking))
+        if decision.verdict is Verdict.ADMITTED:
+            self._send(request, ranking, now_s)
+        elif decision.verdict is Verdict.QUEUED:
+            self._waiting[request.number] = request
+        else:
+            self._end(request, Ending.REJECTED, now_s)
+
+    def _has_room(self, request: _Request, ranking: Ranking) -> bool:
+        """Whether the best replica would begin it about now, and the tightest class's TPOT be kept there: what is in an
+        engine is served in its order, so one request too many of a patient class delays those of all."""
+        row = ranking.best
+        if ranking.scores[row] >= SATURATED:
+            return False
+        fleet = request.router.fleet
+        seconds = ranking.predicted or self._control.predictor.predict(
+            fleet, request.arrival.prompt_tokens, np.zeros(len(fleet)), request.router.traffic
+        )
+        waits_s = seconds.ttft_s[row] - seconds.own_s[row] - self._scenario.profile.overhead_s
+        ttft_s, tpot_s = self._tightest_s
+        return bool(waits_s <= _ROOM_SHARE * ttft_s and (seconds.tpot_s[row] <= tpot_s or fleet.requests[row] < 1))
+
+    def _enter(self, now_s: float) -> None:
+        """Let those in that wait at the door, as long as there is room; those that cannot make it go."""
+        if not self._door.requests:
+            return
+        for late in self._door.drop_late(now_s):
+            self._end(self._waiting.pop(late.number), Ending.REJECTED, now_s)
+        while (ticket := self._door.peek()) is not None:
+            request = self._waiting.get(ticket.number)
+            if request is None or request.ended:  # timed out at the door
+                self._door.take(now_s)
+                self._waiting.pop(ticket.number, None)
+                continue
+            ranking = request.router.rank(request.route, now_s)
+            if not self._has_room(request, ranking):
+                return
+            self._door.take(now_s)
+            del self._waiting[ticket.number]
+            self._send(request, ranking, now_s)
 
     def _class_of(self, arrival: Arrival) -> SloClass:
         return self._classes[arrival.slo_class] if arrival.slo_class else self._scenario.classes[0]
 
     def _route(self, request: _Request, now_s: float) -> None:
-        if request.ended:
-            return
-        ranking = request.router.rank(request.route, now_s)
+        if not request.ended:
+            self._send(request, request.router.rank(request.route, now_s), now_s)
+
+    def _send(self, request: _Request, ranking: Ranking, now_s: float) -> None:
         row = ranking.best
         request.tries += 1
         request.row = row
@@ -172,7 +225,7 @@ class Simulation:
         request.charged = request.router.send(request.route, ranking, row, now_s)
         replica = self.replicas[row]
         if not replica.reachable:
-            self._at(now_s + self._scenario.timeout_s, lambda at_s: self._unanswered(request, row, at_s))
+            self._at(now_s + self._scenario.timeout_s, partial(self._unanswered, request))
         elif not replica.up:
             self._lose(request, now_s)
         else:
@@ -191,7 +244,7 @@ class Simulation:
         engine = self.replicas[row].engine
         at_s = engine.next_event_s
         if at_s < math.inf:
-            self._at(at_s, lambda now_s: self._advance(row, now_s))
+            self._at(at_s, partial(self._advance, row))
 
     def _advance(self, row: int, now_s: float) -> None:
         replica = self.replicas[row]
@@ -220,8 +273,9 @@ class Simulation:
                 request.router.fleet.ended(row)
                 request.router.traffic.answered(one.output_tokens)
                 self._end(request, Ending.ANSWERED, now_s)
+        self._enter(now_s)
 
-    def _unanswered(self, request: _Request, row: int, now_s: float) -> None:
+    def _unanswered(self, request: _Request, now_s: float) -> None:
         """A replica that could not be reached when a request was sent to it has not answered in time."""
         if not request.ended:
             self._lose(request, now_s)
@@ -232,7 +286,7 @@ class Simulation:
         request.router.fleet.ended(request.row, request.charged if math.isnan(request.first_s) else 0)
         if math.isnan(request.first_s) and request.tries <= self._scenario.retries:
             self._owners.pop(request.number, None)
-            self._at(now_s, lambda at_s: self._route(request, at_s))
+            self._at(now_s, partial(self._route, request))
         else:
             self._end(request, Ending.FAILED, now_s)
 
@@ -269,32 +323,20 @@ class Simulation:
         self._result.add(request.number, arrival, outcome, request.engine)
         if ending is Ending.ANSWERED and request.predicted is not None:
             waited_s = request.sent_s - arrival.at_s
-            self._learned.ttft.observe(request.predicted[0], ttft_s - waited_s)
-            self._learned.tpot.observe(request.predicted[1], tpot_s)
+            self._ttft_error.observe(request.predicted[0], ttft_s - waited_s)
+            self._tpot_error.observe(request.predicted[1], tpot_s)
+        if ending is Ending.ANSWERED:
+            self._control.answered(request.row, tpot_s)
 
     # control
 
     def _report(self, now_s: float) -> None:
         """Agents report, the controller plans, and routers get its view."""
-        for replica in self.replicas:
-            if replica.reporting and replica.reachable:
-                self._controller.receive(replica.report(now_s), now_s)
-        self._learn()
-        view = self._controller.pressure_view(now_s)
-        for router in self._routers:
-            router.fleet.take(view.engines, now_s)
+        self._control.report(now_s)
+        for row in self._control.plan(now_s, self._door.tokens):
+            self._at(now_s + self._scenario.start_s, partial(self._control.started, row))
+        self._enter(now_s)
         self._at(now_s + self._scenario.report_every_s, self._report)
-
-    def _learn(self) -> None:
-        """Steps of some engines, in turn, teach the step-time model."""
-        count = len(self.replicas)
-        first = self._result.reports * _LEARNERS % count
-        self._result.reports += 1
-        for at in range(first, first + min(_LEARNERS, count)):
-            replica = self.replicas[at % count]
-            step = replica.engine.last_step() if replica.up and replica.reporting else None
-            if step is not None:
-                self._learned.model.observe(*step)
 
     def _sample(self, now_s: float) -> None:
         block = self._scenario.profile.memory.block_bytes

@@ -1,0 +1,1 @@
+"""What the simulator costs, how true it is, and what it says of routing policies."""
