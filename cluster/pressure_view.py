@@ -2,41 +2,35 @@
 
 import asyncio
 import logging
+import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
 
 from memory_agent.controller_link import CONTROLLER_NAME, NAMESPACE
-from memory_agent.reports import PressureLevel
 
 if TYPE_CHECKING:
-    from cluster.cluster_view import PressureView
+    from cluster.cluster_view import EnginePressure, PressureView
 
 logger = logging.getLogger("ray.serve")
 
 WATCH_TIMEOUT_S = 1.0
 RETRY_PERIOD_S = 0.5
-STALE_AFTER_S = 3.0
-
-
-@dataclass(frozen=True)
-class EngineLoad:
-    """What is known of one engine. ``seen_s`` is on the monotonic clock of this process."""
-
-    pressure: PressureLevel
-    running: int
-    waiting: int
-    seen_s: float
 
 
 class PressureFollower:
-    """Keeps the newest view. What is older than STALE_AFTER_S reads as absent."""
+    """Keeps the newest view.
+
+    Attributes:
+        reports: of each engine in it; their ages count from ``taken_s``, monotonic.
+    """
 
     def __init__(self) -> None:
-        self._engines: dict[str, EngineLoad] = {}
+        self.reports: Mapping[str, EnginePressure] = {}
+        self.taken_s = -math.inf
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -44,17 +38,9 @@ class PressureFollower:
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._follow())
 
-    def load_of(self, engine_id: str, now_s: float) -> EngineLoad | None:
-        """The engine's load, or None where nothing recent is known."""
-        load = self._engines.get(engine_id)
-        return load if load is not None and now_s - load.seen_s <= STALE_AFTER_S else None
-
     def take(self, view: "PressureView", now_s: float) -> None:
         """Replace what is known by ``view``, received at ``now_s``; ages in it count from then."""
-        self._engines = {
-            engine_id: EngineLoad(engine.level, engine.running, engine.waiting, now_s - engine.age_s)
-            for engine_id, engine in view.engines.items()
-        }
+        self.reports, self.taken_s = view.engines, now_s
 
     async def _follow(self) -> None:
         controller: Any = None

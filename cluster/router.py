@@ -10,19 +10,23 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from cluster.fleet_view import FleetView
 from cluster.pressure_view import PressureFollower
-from cluster.routing_score import Candidate, rank
+from cluster.routing_policy import Load, RouteRequest
 
 CHOICE_LIFE_S = 0.1
 
 
 class PressureRouter(RequestRouter):
-    """Ranks the replicas by ``cluster.routing_score``; without a controller by its own count of requests in flight."""
+    """Ranks the replicas by ``cluster.routing_policy.Load``; without a controller by its own count of requests in
+    flight."""
 
     def initialize_state(self, **kwargs: Any) -> None:
         self._in_flight: Counter[str] = Counter()
         self._chosen: deque[tuple[float, str]] = deque()
         self._follower = PressureFollower()
+        self._fleet = FleetView()
+        self._policy = Load(random.Random())
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -33,10 +37,13 @@ class PressureRouter(RequestRouter):
             pending_request.routing_context.should_backoff = True  # when every replica has refused
         now_s = time.monotonic()
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        if not replicas:
+            return []
         self._forget_choices(now_s)
-        order = rank([self._candidate(replica_id, now_s) for replica_id in replicas], random.random)
-        if order:
-            self._chosen.append((now_s, order[0]))
+        self._look_at(list(replicas))
+        # Which prompt it is plays no part in this policy, so what Ray Serve has of it is not looked into.
+        order = [self._fleet.ids[row] for row in self._policy.rank(RouteRequest(1), self._fleet, now_s).order()]
+        self._chosen.append((now_s, order[0]))
         return [[replicas[replica_id]] for replica_id in order]
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
@@ -55,12 +62,13 @@ class PressureRouter(RequestRouter):
         super().on_replica_actor_died(replica_id)
         self._in_flight.pop(replica_id.unique_id, None)
 
-    def _candidate(self, replica_id: str, now_s: float) -> Candidate:
-        in_flight = self._in_flight[replica_id] + sum(chosen == replica_id for _, chosen in self._chosen)
-        load = self._follower.load_of(replica_id, now_s)
-        if load is None:
-            return Candidate(replica_id, in_flight)
-        return Candidate(replica_id, in_flight, load.pressure, load.running, load.waiting)
+    def _look_at(self, ids: list[str]) -> None:
+        """Bring the fleet up to date: who is there, the newest reports, what is in flight from here."""
+        fleet = self._fleet
+        fleet.keep(ids)
+        fleet.take(self._follower.reports, self._follower.taken_s)
+        chosen = Counter(replica_id for _, replica_id in self._chosen)
+        fleet.in_flight[:] = [self._in_flight[replica_id] + chosen[replica_id] for replica_id in ids]
 
     def _forget_choices(self, now_s: float) -> None:
         """Requests that choose at the same moment must not all see the same idle replica: a choice counts until it

@@ -1,7 +1,14 @@
 """Simulated against measured: two real engines on this machine, and the same requests through the simulator.
 
-The step time is fitted to steps under random requests at one load; the runs that are compared have other requests, at
-other loads: Azure's and Mooncake's traces where they are at hand, and made up ones in their shape.
+    alone | burst | fit | trial | fit | trial | fit | trial | fit          time -->
+    what    what
+    is      the pair
+    outside can do
+    of steps
+
+The step time is fitted to the steps of random requests at one load, in rounds around and between the trials, because
+the speed of a shared machine changes within minutes. The trials have other requests, at other loads: Azure's and
+Mooncake's traces where they are at hand, and longer random ones. Loads are shares of what the pair can do.
 """
 
 import statistics
@@ -11,8 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.simulator.pair import BLOCK_TOKENS, ENGINES, RoutedTarget, engine_spec, profile_of, running_pair
-from cluster.bench.arrivals import OpenLoop, due_times
+from benchmarks.elastic.variants import BLOCK_TOKENS
+from benchmarks.simulator.pair import ENGINES, Pair, RoutedTarget, engine_spec, profile_of, running_pair
+from cluster.bench.arrivals import ClosedLoop, OpenLoop, due_times
 from cluster.bench.load import run_load
 from cluster.bench.report import LoadReport
 from cluster.bench.traces import read_trace, trace_workload
@@ -22,16 +30,20 @@ from cluster.simulator.result import SimulationResult
 from cluster.simulator.scenario import Scenario
 from cluster.simulator.simulation import Simulation
 from replicas.engine_profile import EngineProfile, save_profile
-from replicas.step_time import fit_step_time
+from replicas.step_time import StepWork, fit_step_time
 
-_FIT_REQUESTS, _FIT_RATE = 90, 1.2
-_LONGEST_IN, _LONGEST_OUT = 640, 48
+_LONGEST_IN, _LONGEST_OUT = 400, 32
+_FIT_LOAD = 0.5
+_FIT_REQUESTS, _ALONE, _BURST = 16, 6, 16
+_TRIAL_S = 90.0
+"""A trial is as many requests as this takes, within bounds."""
+_FEWEST, _MOST = 20, 60
 _SEED = 7
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Requests and a load that are compared. Lengths are clipped to what two cores can serve in a minute."""
+    """Requests, and the load at which they come, in requests a second."""
 
     name: str
     work: Workload
@@ -63,68 +75,78 @@ async def calibrate(folder: Path, traces: Sequence[Path], profile_file: Path | N
     """Fit, measure and simulate. ``profile_file``: where the fitted profile is written to."""
     spec = engine_spec()
     async with running_pair(spec, folder) as pair:
-        since_s = time.monotonic()
-        fit = Trial("random", _random(_FIT_REQUESTS), _FIT_RATE)
-        fitted_on = await _measure(RoutedTarget(pair, _SEED), fit)
-        steps = pair.steps(since_s)
-        step_time = fit_step_time([work for work, _ in steps], [seconds for _, seconds in steps])
-        source = (
-            "SmolLM2-135M-Instruct in bfloat16, vLLM 0.32, one of two elastic engines that share the two cores of an "
-            f"AMD EPYC; fitted to {len(steps)} steps by `make bench-simulator`."
+        overhead_s = await _overhead_s(pair)
+        capacity = _BURST / (await run_load(RoutedTarget(pair, _SEED), _random(_BURST, 1), OpenLoop())).duration_s
+        print(
+            f"the pair answers {capacity:.2f} requests/s at most, {1000 * overhead_s:.1f} ms outside of steps",
+            flush=True,
         )
-        bare = profile_of(spec, step_time, 0.0, source)
-        overhead_s = max(0.0, (fitted_on.ttft.median_ms - _simulate(bare, fit).latencies()["ttft"].median_ms) / 1000)
-        profile = profile_of(spec, step_time, overhead_s, source)
-        print(f"fitted to {len(steps)} steps: {step_time}, {1000 * overhead_s:.1f} ms outside of steps", flush=True)
-        trials: dict[str, Any] = {fit.name + " (fitted)": _compare(profile, fit, fitted_on).to_json()}
-        for trial in _trials(traces):
-            report = await _measure(RoutedTarget(pair, _SEED), trial)
-            agreement = _compare(profile, trial, report)
-            trials[trial.name] = agreement.to_json() | {"rate": trial.rate, "requests": len(trial.work.requests)}
-            print(
-                f"{trial.name}, {trial.rate:g}/s: TTFT {agreement.measured_ttft_ms:.0f} ms measured, "
-                f"{agreement.simulated_ttft_ms:.0f} simulated ({agreement.ttft_error:.0%}); TPOT "
-                f"{agreement.measured_tpot_ms:.1f}, {agreement.simulated_tpot_ms:.1f} ({agreement.tpot_error:.0%})",
-                flush=True,
-            )
+        steps: list[tuple[StepWork, float]] = []
+        measured: list[tuple[Trial, LoadReport]] = []
+        for number, trial in enumerate([*_trials(traces, capacity), None]):
+            since_s = time.monotonic()
+            await _measure(pair, Trial("fit", _random(_FIT_REQUESTS, 10 + number), _FIT_LOAD * capacity))
+            steps += pair.steps(since_s)
+            if trial is not None:
+                measured.append((trial, await _measure(pair, trial)))
+                print(f"{trial.name}: measured", flush=True)
+    step_time = fit_step_time([work for work, _ in steps], [seconds for _, seconds in steps])
+    source = (
+        "SmolLM2-135M-Instruct in bfloat16, vLLM 0.32, one of two elastic engines that share two cores of an AMD EPYC; "
+        f"fitted to {len(steps)} steps by `make bench-simulator`."
+    )
+    profile = profile_of(spec, step_time, overhead_s, source)
+    print(f"fitted to {len(steps)} steps: {step_time}", flush=True)
+    trials = {trial.name: _compared(profile, trial, report, capacity) for trial, report in measured}
     if profile_file is not None:
         save_profile(profile, profile_file)
-    compared = [one for name, one in trials.items() if not name.endswith("(fitted)")]
-    residuals = [abs(step_time.seconds(work) / seconds - 1) for work, seconds in steps]
     return {
-        "ttft_error": max(one["ttft_error"] for one in compared),
-        "tpot_error": max(one["tpot_error"] for one in compared),
+        "ttft_error": max(one["ttft_error"] for one in trials.values()),
+        "tpot_error": max(one["tpot_error"] for one in trials.values()),
         "trials": trials,
+        "capacity_requests_per_s": capacity,
         "step_time": asdict(step_time),
-        "step_median_error": statistics.median(residuals),
+        "step_median_error": statistics.median(abs(step_time.seconds(work) / s - 1) for work, s in steps),
         "steps": len(steps),
         "overhead_s": overhead_s,
     }
 
 
-def _random(requests: int, seed: int = _SEED) -> Workload:
-    return random_workload(requests, input_len=320, output_len=28, range_ratio=0.9, seed=seed)
+async def _overhead_s(pair: Pair) -> float:
+    """Seconds of a request until its first token that are no step: of lone requests, whose prompts are one step each."""
+    since_s = time.monotonic()
+    report = await run_load(RoutedTarget(pair, _SEED), _random(_ALONE, 2), ClosedLoop(1))
+    prompts = [seconds for _began_s, work, seconds in sorted(pair.steps_in_time(since_s), key=_began) if work.tokens]
+    ttfts = [record.ttft_s for record in report.records]
+    return max(0.0, statistics.median(ttft_s - s for ttft_s, s in zip(ttfts, prompts, strict=True)))
 
 
-def _trials(traces: Sequence[Path]) -> list[Trial]:
-    """Each at its own load, below and above that of the fit."""
-    found = [
-        Trial(
-            path.stem,
-            trace_workload(
-                read_trace(path, requests), max_input_len=longest, max_output_len=_LONGEST_OUT, origin=path.name
-            ),
-            rate,
-        )
-        for path, requests, longest, rate in zip(
-            traces, (60, 60), (_LONGEST_IN, 2 * _LONGEST_IN), (0.6, 0.8), strict=False
-        )
-    ]
-    return [*found, Trial("random, denser", _random(70, _SEED + 1), 1.6)]
+def _began(step: tuple[float, StepWork, float]) -> float:
+    return step[0]
 
 
-async def _measure(target: RoutedTarget, trial: Trial) -> LoadReport:
-    report = await run_load(target, trial.work, OpenLoop(trial.rate), seed=_SEED)
+def _random(requests: int, seed: int, input_len: int = 200, output_len: int = 20) -> Workload:
+    return random_workload(requests, input_len=input_len, output_len=output_len, range_ratio=0.8, seed=seed)
+
+
+def _trials(traces: Sequence[Path], capacity: float) -> list[Trial]:
+    """Each at its own load, below and above that of the fit. A prompt of Azure's trace is about twice as long."""
+    found = []
+    for path, load in zip(traces, (0.2, 0.3), strict=False):
+        rate = load * capacity
+        rows = read_trace(path, _count(rate))
+        work = trace_workload(rows, max_input_len=_LONGEST_IN, max_output_len=_LONGEST_OUT, origin=path.name)
+        found.append(Trial(path.stem, work, rate))
+    rate = 0.7 * capacity
+    return [*found, Trial("random, denser", _random(_count(rate), _SEED + 1), rate)]
+
+
+def _count(rate: float) -> int:
+    return min(max(round(rate * _TRIAL_S), _FEWEST), _MOST)
+
+
+async def _measure(pair: Pair, trial: Trial) -> LoadReport:
+    report = await run_load(RoutedTarget(pair, _SEED), trial.work, OpenLoop(trial.rate), seed=_SEED)
     assert not report.failed, report.errors
     return report
 
@@ -144,8 +166,16 @@ def _simulate(profile: EngineProfile, trial: Trial) -> SimulationResult:
     return Simulation(scenario, arrivals, BLOCK_TOKENS).run()
 
 
-def _compare(profile: EngineProfile, trial: Trial, report: LoadReport) -> Agreement:
+def _compared(profile: EngineProfile, trial: Trial, report: LoadReport, capacity: float) -> dict[str, Any]:
     simulated = _simulate(profile, trial).latencies()
-    return Agreement(
+    one = Agreement(
         report.ttft.median_ms, simulated["ttft"].median_ms, report.tpot.median_ms, simulated["tpot"].median_ms
     )
+    print(
+        f"{trial.name}, {trial.rate:.2f}/s: TTFT {one.measured_ttft_ms:.0f} ms measured, {one.simulated_ttft_ms:.0f} "
+        f"simulated ({one.ttft_error:.0%}); TPOT {one.measured_tpot_ms:.1f}, {one.simulated_tpot_ms:.1f} "
+        f"({one.tpot_error:.0%})",
+        flush=True,
+    )
+    load = {"requests": len(trial.work.requests), "rate": trial.rate, "load": trial.rate / capacity}
+    return one.to_json() | load

@@ -35,7 +35,11 @@ class Pair:
 
     def steps(self, since_s: float) -> list[tuple[StepWork, float]]:
         """(work, seconds) of the steps of all engines that began after ``since_s``, monotonic."""
-        return [(work, s) for path in self.records for began_s, work, s in read_steps(path) if began_s >= since_s]
+        return [(work, seconds) for _began_s, work, seconds in self.steps_in_time(since_s)]
+
+    def steps_in_time(self, since_s: float) -> list[tuple[float, StepWork, float]]:
+        """Likewise, each with its beginning."""
+        return [step for path in self.records for step in read_steps(path) if step[0] >= since_s]
 
 
 class RoutedTarget:

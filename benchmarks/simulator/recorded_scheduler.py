@@ -1,9 +1,9 @@
 """The elastic scheduler, writing down what each step computed and how long it took: the step-time model's food."""
 
+import math
 import struct
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,11 @@ def read_steps(path: Path) -> list[tuple[float, StepWork, float]]:
     next one
     begins, unless the engine was idle between them."""
     records = list(_records(path.read_bytes()))
-    steps = []
-    for (began_s, ended_s, work), following in pairwise([*records, None]):
-        until_s = following[0] if following is not None and following[0] - ended_s < _PAUSE_S else ended_s
-        steps.append((began_s, work, until_s - began_s))
-    return steps
+    nexts = [began_s for began_s, _ended_s, _work in records[1:]] + [math.inf]
+    return [
+        (began_s, work, (next_s if next_s - ended_s < _PAUSE_S else ended_s) - began_s)
+        for (began_s, ended_s, work), next_s in zip(records, nexts, strict=True)
+    ]
 
 
 def _records(data: bytes) -> Iterator[tuple[float, float, StepWork]]:

@@ -15,7 +15,9 @@ from replicas.step_time import StepTime, StepTimeModel
 
 _LEARNERS = 8
 """Engines whose steps teach the step-time model, at each report."""
-_SIZE_EVERY_S, _SCALE_EVERY_S = 1.0, 5.0
+PLAN_EVERY_S = 5.0
+"""Seconds from one decision on the number of replicas to the next; targets are looked at more often."""
+_SIZE_EVERY_S = 1.0
 _TPOT_MEMORY = 0.9
 
 
@@ -96,7 +98,7 @@ class ControlPlane:
         if self._scenario.batch_sizing and now_s - self._sized_s >= _SIZE_EVERY_S:
             self._sized_s = now_s
             self._size()
-        if self._scenario.scaling and now_s - self._scaled_s >= _SCALE_EVERY_S:
+        if self._scenario.scaling and now_s - self._scaled_s >= PLAN_EVERY_S:
             starting = self._scale(now_s, now_s - self._scaled_s, door_tokens)
             self._scaled_s = now_s
             return starting

@@ -24,9 +24,7 @@ def render_result(result: SimulationResult) -> RenderableType:
 
 def render_comparison(results: Sequence[SimulationResult]) -> RenderableType:
     """One line a routing policy, best attainment first."""
-    table = _table(
-        "policy", "attainment", "goodput/s", "TTFT p50", "p99", "TPOT p50", "p99", "prefix hits", "preempted"
-    )
+    table = _table("policy", "attained", "good/s", "TTFT p50", "p99", "TPOT p50", "p99", "hits", "displaced")
     for one in sorted(results, key=lambda one: -one.account.total.attainment):
         latencies = one.latencies()
         ttft, tpot = latencies["ttft"], latencies["tpot"]
@@ -44,7 +42,7 @@ def render_comparison(results: Sequence[SimulationResult]) -> RenderableType:
 
 def render_plan(plan: Plan) -> RenderableType:
     """The curve, by memory split, and what meets the targets."""
-    table = _table("memory", "step tokens", "KV tokens", "replicas", "attainment", "goodput/s", "TTFT p99", "TPOT p99")
+    table = _table("memory", "steps", "KV tokens", "replicas", "attained", "good/s", "TTFT p99", "TPOT p99")
     for point in plan.points:
         table.add_row(
             "elastic" if point.elastic else "static",
@@ -143,7 +141,7 @@ def _figures(result: SimulationResult) -> Table:
 
 def _classes(result: SimulationResult) -> Table:
     endings = [one for one in Ending if result.account.total.endings[one]]
-    table = _table("class", "requests", "attained", "goodput/s", *endings)
+    table = _table("class", "requests", "attained", "good/s", *endings)
     for name, tally in sorted(result.account.by_class.items()):
         table.add_row(
             name,
@@ -171,7 +169,7 @@ def _ms(value: float) -> str:
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column(first, no_wrap=True)
     for column in others:
         table.add_column(column, justify="right", no_wrap=True)

@@ -26,7 +26,7 @@ from cluster.config import SloClass
 from cluster.prediction import PredictionError, Predictor
 from cluster.routing_policy import LEFT_OUT, SATURATED, Ranking, RouteRequest
 from cluster.simulator.arrivals import Arrival
-from cluster.simulator.control_plane import ControlPlane
+from cluster.simulator.control_plane import PLAN_EVERY_S, ControlPlane
 from cluster.simulator.faults import Fault, FaultKind, check_faults
 from cluster.simulator.result import MemorySample, SimulationResult
 from cluster.simulator.scenario import Progress, Scenario
@@ -127,6 +127,17 @@ class Simulation:
         if progress is not None:
             progress(total, total)
         return self._result
+
+    def time_planning(self, rounds: int, clock: Callable[[], float]) -> list[float]:
+        """Seconds, by ``clock``, of planning rounds in the present state: view, targets and scaling."""
+        now_s, taken = self._result.duration_s, []
+        for _ in range(rounds):
+            now_s += PLAN_EVERY_S
+            self._control.report(now_s)
+            began_s = clock()
+            self._control.plan(now_s, self._door.tokens)
+            taken.append(clock() - began_s)
+        return taken
 
     def _at(self, at_s: float, run: Callable[[float], None]) -> None:
         heapq.heappush(self._events, (at_s, next(self._numbers), run))

@@ -8,7 +8,8 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Repl
 from ray.serve.request_router import PendingRequest
 
 from cluster.cluster_view import EnginePressure, PressureView
-from cluster.pressure_view import STALE_AFTER_S, PressureFollower
+from cluster.fleet_view import STALE_AFTER_S, FleetView
+from cluster.pressure_view import PressureFollower
 from cluster.router import PressureRouter
 from memory_agent.reports import PressureLevel
 
@@ -94,11 +95,10 @@ async def test_every_replica_is_offered_in_some_rank(router: PressureRouter) -> 
 
 def test_age_of_a_report_counts_from_its_taking() -> None:
     """What was old when the view was made is that much older here."""
-    follower = PressureFollower()
+    follower, fleet = PressureFollower(), FleetView(["a", "b"])
     old = EnginePressure(PressureLevel.CRITICAL, 1.0, 1.0, 3, 2, age_s=STALE_AFTER_S - 1)
     follower.take(PressureView(1, {"a": old}), now_s=50.0)
-    load = follower.load_of("a", 50.5)
-    assert load is not None
-    assert (load.pressure, load.running, load.waiting) == (PressureLevel.CRITICAL, 3, 2)
-    assert follower.load_of("a", 51.5) is None
-    assert follower.load_of("b", 50.0) is None
+    fleet.take(follower.reports, follower.taken_s)
+    assert (fleet.level[0], fleet.running[0], fleet.waiting[0]) == (PressureLevel.CRITICAL, 3, 2)
+    assert list(fleet.fresh(50.5)) == [True, False]
+    assert list(fleet.fresh(51.5)) == [False, False]
