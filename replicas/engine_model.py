@@ -216,9 +216,11 @@ class EngineModel:
         """The next run, if there is anything to do."""
         batch = self._batch
         self._load_s = 0.0
+        displaced = False
         while batch.rows and batch.new_blocks(1) > self._obtainable:
             self._displace()
-        chunks, tokens, pairs = self._prompts()
+            displaced = True
+        chunks, tokens, pairs = self._prompts(admits=not displaced)
         work = StepWork(batch.rows, batch.kv_tokens, tokens, pairs)
         if chunks:
             steps = 1
@@ -245,8 +247,8 @@ class EngineModel:
             return self.slowness * self.profile.step_time.seconds(work)
         return self.slowness * self.profile.step_time.decode_s(work.rows, work.kv_tokens, steps)
 
-    def _prompts(self) -> tuple[list[tuple[EngineRequest, int]], int, float]:
-        """Chunks of the next step, their tokens and pairs. Admits waiting requests."""
+    def _prompts(self, admits: bool) -> tuple[list[tuple[EngineRequest, int]], int, float]:
+        """Chunks of the next step, their tokens and pairs. Admits waiting requests if it may."""
         budget = self._token_budget - self._batch.rows
         chunks: list[tuple[EngineRequest, int]] = []
         total, pairs = 0, 0.0
@@ -257,7 +259,7 @@ class EngineModel:
             chunks.append((request, tokens))
             pairs += prompt_pairs(request.computed, tokens)
             total += tokens
-        while self._waiting and total < budget and len(self._running) < self._active:
+        while admits and self._waiting and total < budget and len(self._running) < self._active:
             request = self._waiting[0]
             if not self._admit(request):
                 self._blocked = True
@@ -287,7 +289,8 @@ class EngineModel:
         ids = request.prefix[: (known - 1) // self._prefix_tokens]
         device, host = cache.match(ids)
         blocks = -(-known // self._block_tokens) - device * self._each
-        ahead = self._batch.rows if self.profile.elastic else 0
+        # What this step's decodes are about to take; the elastic scheduler leaves the next ones theirs as well.
+        ahead = self._batch.rows if self.profile.elastic else self._batch.new_blocks(1)
         if blocks + ahead > self._obtainable - cache.idle_among(ids[:device]):
             return False
         cache.hold(ids[:device])

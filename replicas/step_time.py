@@ -26,7 +26,7 @@ _PRIOR_STEPS = 0.05
 _UNUSUAL = 3.0
 """Mean absolute residuals from which a step counts for less."""
 _SCALE_MEMORY = 0.98
-_STEPS_BEFORE_DOUBT = 20
+_STEPS_BEFORE_DOUBT = 10
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ async def calibrate(folder: Path, traces: Sequence[Path], profile_file: Path | N
 
 
 async def _overhead_s(pair: Pair) -> float:
-    """Seconds of a request until its first token that are no step: of lone requests, whose prompts are one step each."""
+    """Seconds of a request until its first token that are no step: of lone ones, whose prompts are one step each."""
     since_s = time.monotonic()
     report = await run_load(RoutedTarget(pair, _SEED), _random(_ALONE, 2), ClosedLoop(1))
     prompts = [seconds for _began_s, work, seconds in sorted(pair.steps_in_time(since_s), key=_began) if work.tokens]
