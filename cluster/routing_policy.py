@@ -131,10 +131,13 @@ class PowerOfTwo(_Blind):
 
     def rank(self, request: RouteRequest, fleet: FleetView, now_s: float) -> Ranking:
         requests = fleet.requests
-        scores = SATURATED * (1 + self._noise.random(len(fleet))) + LEFT_OUT * fleet.left_out(now_s)
-        for row in self._rng.sample(range(len(fleet)), min(2, len(fleet))):
-            scores[row] -= SATURATED * 2 - requests[row]
-        return Ranking(scores, lambda row: f"{requests[row]:.0f} requests, the fewer of two")
+        noise = self._noise.random(len(fleet))
+        scores = SATURATED * (1 + noise)
+        two = self._rng.sample(range(len(fleet)), min(2, len(fleet)))
+        scores[two] = requests[two] + noise[two] / 2  # equals by chance
+        return Ranking(
+            scores + LEFT_OUT * fleet.left_out(now_s), lambda row: f"{requests[row]:.0f} requests, the fewer of two"
+        )
 
 
 class LlmD(_Blind):
