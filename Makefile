@@ -15,7 +15,7 @@ ifeq ($(EXTRA),cpu)
 TORCH_FROM := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)",UV_TORCH_BACKEND=cpu)
 endif
 
-.PHONY: serve setup test test-full lint format bench-overhead bench-elastic gpu-check clean
+.PHONY: serve setup test test-full lint format bench-overhead bench-elastic bench-simulator gpu-check clean
 .DEFAULT_GOAL := serve
 
 serve: setup ## Serve the default model on 127.0.0.1:8000; ARGS are those of `ellm serve`
@@ -53,6 +53,9 @@ bench-overhead: setup ## Throughput and returned memory of an elastic engine aga
 
 bench-elastic: setup ## Elastic memory under pressure against three static engines; ARGS="--scenario long" for one; the last line is JSON
 	$(BIN)/python -m benchmarks.elastic $(ARGS)
+
+bench-simulator: setup ## Cost and truth of the simulator, routing policies compared; ARGS="--part scale" for one part; the last line is JSON
+	$(BIN)/python -m benchmarks.simulator $(ARGS)
 
 # Without setup: it runs where there are only torch, cuda-python, pytest and hypothesis.
 gpu-check: ## On a machine with an NVIDIA GPU: its tests, and what mapping costs; the last line is JSON

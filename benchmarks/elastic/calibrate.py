@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from benchmarks.elastic.bounds import Job, Memory, Speed, fit_decode, fit_memory
+from benchmarks.elastic.bounds import Job, Speed, fit_decode, fit_memory
 from benchmarks.elastic.process_memory import WorkerPeak
 from benchmarks.elastic.race import SHARING, Racer
 from benchmarks.elastic.variants import BenchModel, static_spec
 from cluster.bench.workload import random_workload
 from replicas.environment import environment
 from replicas.local_engine import local_engine
+from replicas.step_memory import Memory
 
 _PEAK_TOKENS = (256, 1024)
 _SHORT_TOKENS = 128

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.elastic.bounds import Job, Memory, Speed, best_chunk
+from benchmarks.elastic.bounds import Job, Speed, best_chunk
 from benchmarks.elastic.calibrate import measure_memory, measure_speed
 from benchmarks.elastic.race import Racer, racers
 from benchmarks.elastic.variants import (
@@ -22,6 +22,7 @@ from benchmarks.elastic.variants import (
     static_variants,
 )
 from cluster.bench.report import Slo
+from replicas.step_memory import Memory
 
 _ROOM = 4
 """The lease while speed is measured, over the device's bytes: nothing then waits for memory."""

@@ -10,10 +10,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.elastic.bounds import Memory, Speed
+from benchmarks.elastic.bounds import Speed
 from cluster.bench.report import RequestRecord
 from cluster.bench.workload import Request
 from replicas.elastic_prefill import Claim, ElasticPrefill, Line, Objectives
+from replicas.step_memory import Memory
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.elastic.bounds import Job, Memory, Speed, best_chunk
+from benchmarks.elastic.bounds import Job, Speed, best_chunk
 from benchmarks.elastic.calibrate import measure_memory, measure_speed
 from benchmarks.elastic.engine_target import EngineTarget
 from benchmarks.elastic.forecast import Server, forecast
@@ -33,6 +33,7 @@ from replicas.lease_watch import WakePolicy, watch_lease
 from replicas.local_agent import LocalAgent, local_agent
 from replicas.local_engine import LocalEngine, local_engine, local_engine_at
 from replicas.spec import EngineSpec
+from replicas.step_memory import Memory
 
 MAX_MODEL_LEN = 512
 BLOCK_TOKENS = 32

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, replace
 
-from benchmarks.elastic.bounds import Memory
 from cluster.bench.report import Slo
 from cluster.config import ModelConfig
 from cluster.default_model import get_default_model
 from cluster.device import KvUnit, find_device
 from cluster.models import ModelFacts, read_facts
 from replicas.spec import EngineSpec
+from replicas.step_memory import Memory
 
 MIB = 1 << 20
 _SPARE_BLOCKS = 2

@@ -151,9 +151,10 @@ def _times(shape: Synthetic, seed: int) -> "np.ndarray[tuple[int], np.dtype[np.f
         work.append(work[-1] + lasts_s * (1.0 if calm else shape.burst_factor) / mean)
         real.append(real[-1] + lasts_s)
         calm = not calm
-    bursty = np.interp(ends, work, real)
+    bursty: np.ndarray[tuple[int], np.dtype[np.float64]] = np.interp(ends, work, real)
     # Bursts come as they come, so the mean rate would follow the seed: the whole is stretched to what was asked for.
-    return bursty * (shape.requests / shape.rate / bursty[-1])
+    bursty *= shape.requests / shape.rate / bursty[-1]
+    return bursty
 
 
 def _whole(row: TraceRow) -> tuple[int, ...]:

@@ -9,27 +9,10 @@ import numpy as np
 from cluster.bench.report import DEFAULT_PERCENTILES, Latencies
 from cluster.prediction import PredictionError
 from cluster.simulator.arrivals import Arrival
+from cluster.simulator.memory_sample import MemorySample
 from cluster.simulator.scenario import Scenario
 from cluster.slo import Ending, Outcome, SloAccount
 from replicas.decode_batch import EngineRequest
-
-
-@dataclass(frozen=True, slots=True)
-class MemorySample:
-    """All replicas that are up, at one moment.
-
-    activation_bytes: of the steps under way; of static engines what is set aside.
-    """
-
-    at_s: float
-    weights_bytes: int
-    kv_used_bytes: int
-    kv_cached_bytes: int
-    activation_bytes: int
-    device_bytes: int
-    running: int
-    waiting: int
-    replicas: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,10 @@ from cluster.prediction import PredictionError, Predictor
 from cluster.routing_policy import LEFT_OUT, SATURATED, Ranking, RouteRequest
 from cluster.simulator.arrivals import Arrival
 from cluster.simulator.control_plane import PLAN_EVERY_S, ControlPlane
-from cluster.simulator.faults import Fault, FaultKind, check_faults
-from cluster.simulator.result import MemorySample, SimulationResult
+from cluster.simulator.fault_player import FaultPlayer
+from cluster.simulator.faults import check_faults
+from cluster.simulator.memory_sample import sample_memory
+from cluster.simulator.result import SimulationResult
 from cluster.simulator.scenario import Progress, Scenario
 from cluster.simulator.sim_replica import SimReplica
 from cluster.simulator.sim_router import SimRouter
@@ -45,7 +47,7 @@ class _Request:
     """One request on its way.
 
     Attributes:
-        row: the replica that has it.
+        row: the replica that has it; negative while none does.
         charged: tokens of its prompt that its router takes to be computed there.
         predicted: TTFT and TPOT when it was sent.
     """
@@ -105,9 +107,10 @@ class Simulation:
     def run(self, progress: Progress | None = None) -> SimulationResult:
         """Until the last request has ended."""
         scenario, events, arrivals = self._scenario, self._events, self._arrivals
+        player = FaultPlayer(self.replicas, scenario.per_node, self._die, self._heal)
         for fault in scenario.faults:
-            self._at(fault.at_s, partial(self._break, fault))
-            self._at(fault.at_s + fault.lasts_s, partial(self._mend, fault))
+            self._at(fault.at_s, partial(player.begin, fault))
+            self._at(fault.at_s + fault.lasts_s, partial(player.end, fault))
         self._report(0.0)
         self._sample(0.0)
         total, coming, now_s = len(arrivals), 0, 0.0
@@ -297,6 +300,7 @@ class Simulation:
         request.router.fleet.ended(request.row, request.charged if math.isnan(request.first_s) else 0)
         if math.isnan(request.first_s) and request.tries <= self._scenario.retries:
             self._owners.pop(request.number, None)
+            request.row = _NO_REPLICA
             self._at(now_s, partial(self._route, request))
         else:
             self._end(request, Ending.FAILED, now_s)
@@ -350,76 +354,19 @@ class Simulation:
         self._at(now_s + self._scenario.report_every_s, self._report)
 
     def _sample(self, now_s: float) -> None:
-        block = self._scenario.profile.memory.block_bytes
-        used = cached = activations = running = waiting = up = 0
-        for replica in self.replicas:
-            if replica.up:
-                counts = replica.engine.counts()
-                up += 1
-                used += counts.used_blocks
-                cached += counts.cached_blocks
-                activations += counts.activation_bytes
-                running += counts.running
-                waiting += counts.waiting
-        profile = self._scenario.profile
-        set_aside = profile.memory.activation_bytes(profile.max_num_batched_tokens)
-        self._result.samples.append(
-            MemorySample(
-                at_s=now_s,
-                weights_bytes=up * profile.weights_bytes,
-                kv_used_bytes=used * block,
-                kv_cached_bytes=cached * block,
-                activation_bytes=activations if profile.elastic else up * set_aside,
-                device_bytes=up * profile.device_bytes,
-                running=running,
-                waiting=waiting,
-                replicas=up,
-            )
-        )
+        self._result.samples.append(sample_memory(self.replicas, self._scenario.profile, now_s))
         self._at(now_s + self._scenario.sample_every_s, self._sample)
 
     # faults
 
-    def _on_node(self, node: int) -> list[int]:
-        first = node * self._scenario.per_node
-        return list(range(first, min(first + self._scenario.per_node, len(self.replicas))))
-
-    def _break(self, fault: Fault, now_s: float) -> None:
-        if fault.kind in (FaultKind.REPLICA, FaultKind.NODE):
-            rows = [fault.target] if fault.kind is FaultKind.REPLICA else self._on_node(fault.target)
-            for row in rows:
-                self._die(row, now_s)
-        elif fault.kind is FaultKind.SLOW:
-            self.replicas[fault.target].engine.slowness = fault.factor
-        else:
-            for row in self._on_node(fault.target):
-                self._cut_off(self.replicas[row], fault.kind, True)
-
-    def _mend(self, fault: Fault, now_s: float) -> None:
-        if fault.kind in (FaultKind.REPLICA, FaultKind.NODE):
-            rows = [fault.target] if fault.kind is FaultKind.REPLICA else self._on_node(fault.target)
-            for row in rows:
-                self.replicas[row].restart()
-        elif fault.kind is FaultKind.SLOW:
-            self.replicas[fault.target].engine.slowness = 1.0
-        else:
-            for row in self._on_node(fault.target):
-                self._cut_off(self.replicas[row], fault.kind, False)
-            held_back, self._held_back = self._held_back, []
-            for row, started, finished in held_back:
-                if self.replicas[row].reachable:
-                    self._tell(row, started, finished, now_s)
-                else:
-                    self._held_back.append((row, started, finished))
-
-    @staticmethod
-    def _cut_off(replica: SimReplica, kind: FaultKind, broken: bool) -> None:
-        if kind is FaultKind.AGENT:
-            replica.reporting = not broken
-        elif kind is FaultKind.PARTITION:
-            replica.reachable = not broken
-        else:
-            replica.frozen = broken
+    def _heal(self, now_s: float) -> None:
+        """What nodes that can be reached again have held back arrives."""
+        held_back, self._held_back = self._held_back, []
+        for row, started, finished in held_back:
+            if self.replicas[row].reachable:
+                self._tell(row, started, finished, now_s)
+            else:
+                self._held_back.append((row, started, finished))
 
     def _die(self, row: int, now_s: float) -> None:
         replica = self.replicas[row]

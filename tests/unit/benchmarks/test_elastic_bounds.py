@@ -6,16 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.elastic.bounds import (
-    Job,
-    Memory,
-    Speed,
-    advantage,
-    best_chunk,
-    fit_decode,
-    fit_memory,
-    makespan_s,
-)
+from benchmarks.elastic.bounds import Job, Speed, advantage, best_chunk, fit_decode, fit_memory, makespan_s
+from replicas.step_memory import Memory
 
 MEMORY = Memory(block_bytes=1000, block_tokens=100, token_bytes=10.0, step_bytes=500.0)
 SPEED = Speed(prefill_s={100: 4.0, 400: 2.0}, step_s=0.5, row_s=0.25, context_s=0.001)

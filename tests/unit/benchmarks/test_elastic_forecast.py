@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.elastic.bounds import Memory, Speed
+from benchmarks.elastic.bounds import Speed
 from benchmarks.elastic.forecast import Server, forecast
 from cluster.bench.workload import Request
 from replicas.elastic_prefill import Objectives
+from replicas.step_memory import Memory
 
 MEMORY = Memory(block_bytes=1, block_tokens=10, token_bytes=0.0, step_bytes=0.0)
 SPEED = Speed(prefill_s={}, step_s=1.0, row_s=0.25, context_s=0.0)
