@@ -252,13 +252,14 @@ class PredictedLatency:
         slo = request.slo
         ttft_target_s = (slo.ttft_ms or self._DEFAULT.ttft_ms or 1.0) / 1000
         tpot_target_s = (slo.tpot_ms or self._DEFAULT.tpot_ms or 1.0) / 1000
-        own = _missed(seconds.ttft_s / ttft_target_s, self._MISS) + _missed(seconds.tpot_s / tpot_target_s, self._MISS)
+        ttft, tpot = seconds.ttft_s / ttft_target_s, seconds.tpot_s / tpot_target_s
+        own = _cost(ttft, self._MISS) + _cost(tpot, self._MISS)
         # Those who run lose the time of this prompt once, and that of one more row with every token.
         step, rows = predictor.step_time, np.minimum(fleet.requests, predictor.active)
         longer_s = step.row_s + request.prompt_tokens * step.kv_token_s
-        others = rows * (seconds.own_s / max(self._traffic.output_tokens, 1.0) + longer_s) / tpot_target_s
+        others = 2 * tpot * rows * (seconds.own_s / max(self._traffic.output_tokens, 1.0) + longer_s) / tpot_target_s
         queue = fleet.pending_tokens / max(self._traffic.prompt_tokens, 1.0)
-        others += queue * seconds.own_s / ttft_target_s
+        others += 2 * ttft * queue * seconds.own_s / ttft_target_s
         unfit = ~fleet.fresh(now_s) | (fleet.level == PressureLevel.CRITICAL)
         scores = own + others + SATURATED * unfit + LEFT_OUT * fleet.left_out(now_s)
         scores += 1e-9 * self._noise.random(len(fleet))
@@ -288,6 +289,7 @@ class PredictedLatency:
         return max(1 / self._routers, 2 / replicas)
 
 
-def _missed(share: Floats, weight: float) -> Floats:
-    """A share of a target; what is beyond the whole counts ``weight`` times."""
-    return np.where(share <= 1, share, 1 + weight * (share - 1))
+def _cost(share: Floats, weight: float) -> Floats:
+    """Of a share of a target: its square, so that what is near its target weighs more than what is far; what is beyond
+    the whole counts ``weight`` times."""
+    return np.where(share <= 1, share * share, 1 + weight * (share - 1))

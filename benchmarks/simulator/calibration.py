@@ -33,11 +33,12 @@ from replicas.engine_profile import EngineProfile, save_profile
 from replicas.step_time import StepWork, fit_step_time
 
 _LONGEST_IN, _LONGEST_OUT = 400, 32
-_FIT_LOAD = 0.5
-_FIT_REQUESTS, _ALONE, _BURST = 16, 6, 16
-_TRIAL_S = 90.0
-"""A trial is as many requests as this takes, within bounds."""
-_FEWEST, _MOST = 20, 60
+_FIT_CLIENTS = (2, 8, 4, 6)
+"""Of the rounds in turn: decode batches of different sizes tell the parts of a step apart."""
+_FIT_REQUESTS, _ALONE, _BURST = 10, 6, 16
+_TRIAL_S = 60.0
+"""A trial is as many requests as come in this time, within bounds."""
+_FEWEST, _MOST = 15, 60
 _SEED = 7
 
 
@@ -85,7 +86,8 @@ async def calibrate(folder: Path, traces: Sequence[Path], profile_file: Path | N
         measured: list[tuple[Trial, LoadReport]] = []
         for number, trial in enumerate([*_trials(traces, capacity), None]):
             since_s = time.monotonic()
-            await _measure(pair, Trial("fit", _random(_FIT_REQUESTS, 10 + number), _FIT_LOAD * capacity))
+            clients = ClosedLoop(_FIT_CLIENTS[number % len(_FIT_CLIENTS)])
+            await run_load(RoutedTarget(pair, _SEED), _random(_FIT_REQUESTS, 10 + number), clients)
             steps += pair.steps(since_s)
             if trial is not None:
                 measured.append((trial, await _measure(pair, trial)))
@@ -130,14 +132,14 @@ def _random(requests: int, seed: int, input_len: int = 200, output_len: int = 20
 
 
 def _trials(traces: Sequence[Path], capacity: float) -> list[Trial]:
-    """Each at its own load, below and above that of the fit. A prompt of Azure's trace is about twice as long."""
+    """Each at its own load. Prompts of the traces are about twice as long as the random ones that the capacity is of."""
     found = []
-    for path, load in zip(traces, (0.2, 0.3), strict=False):
+    for path, load in zip(traces, (0.3, 0.45), strict=False):
         rate = load * capacity
         rows = read_trace(path, _count(rate))
         work = trace_workload(rows, max_input_len=_LONGEST_IN, max_output_len=_LONGEST_OUT, origin=path.name)
         found.append(Trial(path.stem, work, rate))
-    rate = 0.7 * capacity
+    rate = 0.6 * capacity
     return [*found, Trial("random, denser", _random(_count(rate), _SEED + 1), rate)]
 
 
