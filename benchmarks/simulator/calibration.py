@@ -132,7 +132,8 @@ def _random(requests: int, seed: int, input_len: int = 200, output_len: int = 20
 
 
 def _trials(traces: Sequence[Path], capacity: float) -> list[Trial]:
-    """Each at its own load. Prompts of the traces are about twice as long as the random ones that the capacity is of."""
+    """Each at its own load. The traces' prompts are about twice as long as the random ones that capacity was measured
+    with."""
     found = []
     for path, load in zip(traces, (0.3, 0.45), strict=False):
         rate = load * capacity

@@ -36,7 +36,7 @@ def read_steps(path: Path) -> list[tuple[float, StepWork, float]]:
     next one
     begins, unless the engine was idle between them."""
     records = list(_records(path.read_bytes()))
-    nexts = [began_s for began_s, _ended_s, _work in records[1:]] + [math.inf]
+    nexts = [*(began_s for began_s, _ended_s, _work in records[1:]), math.inf][: len(records)]
     return [
         (began_s, work, (next_s if next_s - ended_s < _PAUSE_S else ended_s) - began_s)
         for (began_s, ended_s, work), next_s in zip(records, nexts, strict=True)

@@ -11,12 +11,11 @@ from cluster.simulator.simulation import Simulation
 from replicas.engine_profile import load_profile
 
 REPLICAS = (10, 100, 1000, 5000)
-REQUESTS_EACH = 100
-"""A replica; 1,000 replicas then have 100,000."""
+REQUESTS_EACH, REQUESTS_MOST = 100, 100_000
+"""A replica, and of the whole run."""
 RATE_EACH = 5.0
 """Requests a second and replica."""
 _ROUNDS = 9
-_SCALED = 1000
 
 
 def measure(replicas: int) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def measure(replicas: int) -> dict[str, Any]:
 def _setting(replicas: int) -> tuple[Scenario, list[Arrival]]:
     profile = load_profile("llama-3.1-8b-h100")
     shape = Synthetic(
-        requests=REQUESTS_EACH * replicas,
+        requests=min(REQUESTS_EACH * replicas, REQUESTS_MOST),
         rate=RATE_EACH * replicas,
         burst_factor=2.0,
         prefix_tokens=1024,
