@@ -18,8 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.elastic.variants import BLOCK_TOKENS
-from benchmarks.simulator.pair import ENGINES, Pair, RoutedTarget, engine_spec, profile_of, running_pair
+from benchmarks.simulator.pair import BLOCK_TOKENS, ENGINES, Pair, RoutedTarget, engine_spec, profile_of, running_pair
 from cluster.bench.arrivals import ClosedLoop, OpenLoop, due_times
 from cluster.bench.load import run_load
 from cluster.bench.report import LoadReport

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.elastic.engine_target import EngineTarget
 from benchmarks.elastic.race import SHARING, warm_up
-from benchmarks.elastic.variants import BLOCK_TOKENS, block_bytes, longest_blocks, model_facts, static_spec
+from benchmarks.elastic.variants import bench_model, static_spec
 from benchmarks.simulator.recorded_scheduler import read_steps, recorded
 from cluster.bench.target import Chunk, Usage
 from cluster.bench.workload import Request
@@ -22,8 +22,8 @@ from replicas.step_time import StepTime, StepWork
 
 ENGINES = 2
 MAX_MODEL_LEN, MAX_NUM_SEQS, STEP_TOKENS = 2048, 32, 512
-KV_BLOCKS = 200
-"""Of each engine."""
+KV_BLOCKS, BLOCK_TOKENS = 200, 128
+"""Of each engine; vLLM's default KV block on CPU."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,11 @@ class RoutedTarget:
 
 def engine_spec() -> EngineSpec:
     """As ``ellm serve`` makes them: elastic, activations not charged."""
-    facts = model_facts(MAX_MODEL_LEN)
-    block = block_bytes(facts)
+    model = bench_model(MAX_MODEL_LEN, BLOCK_TOKENS)
     return replace(
-        static_spec(facts, MAX_NUM_SEQS, KV_BLOCKS, STEP_TOKENS),
-        kv_rest_bytes=2 * block,
-        kv_guarantee_bytes=(longest_blocks(MAX_MODEL_LEN) + 1) * block,
+        static_spec(model, MAX_NUM_SEQS, KV_BLOCKS, STEP_TOKENS),
+        kv_rest_bytes=2 * model.block_bytes,
+        kv_guarantee_bytes=(model.longest_blocks + 1) * model.block_bytes,
         elastic=True,
     )
 
