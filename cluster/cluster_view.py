@@ -6,7 +6,7 @@ anew has it back one report of each device later. A report older than STALE_AFTE
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from operator import attrgetter
 from typing import Any, Protocol
@@ -66,6 +66,11 @@ class EnginePressure:
     kv_tokens: int = 0
 
 
+_WITHOUT_AGE: Callable[[EnginePressure], tuple[float, ...]] = attrgetter(
+    *(field.name for field in fields(EnginePressure) if field.name != "age_s")
+)
+
+
 @dataclass(frozen=True)
 class PressureView:
     """Every engine with a fresh report. revision: grows with each change, also across restarts of the controller."""
@@ -90,7 +95,7 @@ class ClusterView:
         self._outcomes = dict.fromkeys(ReportOutcome, 0)
         # A wall clock as the first revision: no view of a former life can be mistaken for one of this life.
         self._revision = epoch_ms
-        self._shown: dict[str, EnginePressure] = {}
+        self._shown: dict[str, tuple[float, ...]] = {}
         self._forget_at_s = -math.inf
 
     def receive(self, report: DeviceReport, now_s: float) -> ReportOutcome:
@@ -127,7 +132,7 @@ class ClusterView:
             for received in self._fresh(now_s)
             for engine in received.report.engines
         }
-        shown = {name: replace(one, age_s=0.0) for name, one in engines.items()}
+        shown = {name: _WITHOUT_AGE(one) for name, one in engines.items()}
         if shown != self._shown:
             self._shown = shown
             self._revision += 1

@@ -36,8 +36,10 @@ def run(parts: Sequence[str], traces: Path, profile_file: Path | None) -> dict[s
         print(f"{traces} does not hold {' and '.join(_TRACES)}: runs that need them are left out", flush=True)
     found: dict[str, Any] = {}
     if "scale" in parts:
-        found["scale"] = {str(replicas): scale.measure(replicas) for replicas in scale.REPLICAS}
-        _save(found)
+        found["scale"] = {}
+        for replicas in scale.REPLICAS:
+            found["scale"][str(replicas)] = scale.measure(replicas)
+            _save(found)
     if "policies" in parts:
         mooncake = next((path for path in known if path.suffix == ".jsonl"), None)
         found["policies"] = comparison.compare(mooncake)
