@@ -106,6 +106,9 @@ class ModelConfig(_Section):
     requests."""
     async_scheduling: bool | None = None
     """Prepare the next step while one runs. null: what vLLM chooses for the platform (off on CPU)."""
+    paced_tokens_per_s: float | None = Field(default=None, ge=0)
+    """Answer with made-up tokens, so many a second and request, instead of running an engine: for tests and benchmarks
+    of everything around it, with elastic: false. 0: as fast as they are taken. null: run the engine."""
     tensor_parallel_size: Literal[1] = 1
     """Devices that one replica spans. Only 1 works yet."""
     tool_call_parser: str | None = "hermes"
@@ -128,6 +131,8 @@ class ModelConfig(_Section):
         for key in self.engine_args:
             if remedy := _TAKEN_ARGS.get(key):
                 raise ValueError(f"engine_args.{key} cannot be set here: {remedy}")
+        if self.paced_tokens_per_s is not None and self.elastic:
+            raise ValueError("paced_tokens_per_s runs no engine, so there is no memory to share: set elastic: false")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) should be at least max_num_seqs "

@@ -1,7 +1,11 @@
 """The engine core that ``ClusterEngine`` talks to: a set of replicas behind a Ray Serve handle.
 
     AsyncLLM --add_request_async--> one Relay a request --generate()--> a replica, chosen by the request router
-    AsyncLLM <--get_output_async--- everything that any relay has received since the last call
+    AsyncLLM <--get_output_async--- everything that has arrived <------ one output channel a replica
+
+The call to the replica lasts as long as the request and returns nothing: it is how Ray Serve bounds and counts
+requests, cancels one, and notices that a replica has died. Outputs come over the replica's channel
+(``cluster.output_inbox``), and the call returns when all have been received.
 
 A relay holds the prompt and the token ids so far. A replica that dies before a request's first token costs a retry
 on another one; after it, the request ends with an error that says so in vLLM's form.
@@ -10,6 +14,7 @@ on another one; after it, the request ends with an error that says so in vLLM's 
 import asyncio
 import contextvars
 import inspect
+import itertools
 import logging
 import time
 from collections import deque
@@ -26,6 +31,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.core_client import AsyncMPClient
 
 from cluster.engine_slots import EngineSlots
+from cluster.output_inbox import OutputInbox
+from replicas.channel_wire import InboxAddress
 from replicas.hop import HopCodec
 from replicas.replica import ReplicaInfo, ReplicaStats
 
@@ -46,6 +53,8 @@ class Relay:
     token_ids: list[int] = field(default_factory=list)
     """Output ids received so far; prompt and these are what another replica would need to go on."""
     finished: bool = False
+    fault: str | None = None
+    """What is wrong with its outputs, where something is."""
 
 
 @dataclass
@@ -61,7 +70,8 @@ class ClusterCore:
     def __init__(
         self, model: str, handle: DeploymentHandle[Any], info: ReplicaInfo, replicas: int, replica_limit: int
     ) -> None:
-        """
+        """``open`` is to be awaited before the first request.
+
         Args:
             model: name, for messages; info: what any replica says of itself.
             replicas: how many are meant to run: the number of engines that the metrics tell apart.
@@ -73,16 +83,24 @@ class ClusterCore:
         self.retried = 0
         self._model = model
         self._handle = handle
-        self._generate = handle.options(method_name="generate", stream=True)
+        self._generate = handle.options(method_name="generate")
         self._info = info
         self._replica_limit = replica_limit
         self._codec = HopCodec()
+        self._inbox = OutputInbox(self._receive)
+        self._address: InboxAddress | None = None
         self._relays: dict[str, Relay] = {}
+        self._by_ticket: dict[int, Relay] = {}
+        self._tickets = itertools.count(1)
         self._outputs: list[EngineCoreOutput] = []
         self._stats: deque[EngineCoreOutputs] = deque()
         self._wake = asyncio.Event()
         self._slots = EngineSlots(replicas)
         self._poll_task = asyncio.get_running_loop().create_task(self._poll())
+
+    async def open(self, host: str) -> None:
+        """Take outputs at ``host``, an address of this node that replicas can reach. Raises OSError."""
+        self._address = await self._inbox.open(host)
 
     # What AsyncLLM calls
 
@@ -108,6 +126,7 @@ class ClusterCore:
             return self._stats.popleft()
         self._wake.clear()
         outputs, self._outputs = self._outputs, []
+        self._inbox.taken()
         return EngineCoreOutputs(outputs=outputs)
 
     async def get_supported_tasks_async(self) -> tuple[SupportedTask, ...]:
@@ -122,6 +141,7 @@ class ClusterCore:
     def shutdown(self, timeout: float | None = None) -> None:
         self.resources.engine_dead = True
         self._poll_task.cancel()
+        self._inbox.close()
         for relay in self._relays.values():
             if relay.task is not None:
                 relay.task.cancel()
@@ -172,24 +192,27 @@ class ClusterCore:
                     "request %s: its replica is gone before the first token, trying another: %s", request_id, error
                 )
             logger.error("request %s ends with an error after %d tokens: %s", request_id, len(relay.token_ids), error)
-            self._deliver(relay, [EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)])
+            self._put_out(EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR))
         finally:
             self._relays.pop(request_id, None)
 
     async def _try_once(self, relay: Relay) -> Exception | None:
-        """Stream the request from one replica. Returns what ended the stream early, if anything did."""
-        stream: Any = self._generate.remote(self._codec.encode_request(relay.request))
+        """Run the request on one replica. Returns what ended it early, if anything did."""
+        ticket = next(self._tickets)
+        self._by_ticket[ticket] = relay
+        call: Any = self._generate.remote(self._codec.encode_request(relay.request), self._address, ticket)
         try:
-            async for frames in stream:
-                self._deliver(relay, self._codec.decode_outputs(frames))
+            await call
         except asyncio.CancelledError:
             if self._was_cancelled():
-                stream.cancel()
+                call.cancel()
                 raise
-            return RuntimeError("the replica cancelled the stream")
+            return RuntimeError("the replica cancelled the request")
         except (RayError, RayServeException) as error:
             return error
-        return None if relay.finished else RuntimeError("the replica ended the stream early")
+        finally:
+            del self._by_ticket[ticket]  # what is still on its way from this replica is nobody's any more
+        return None if relay.finished else RuntimeError(relay.fault or "the replica ended the request early")
 
     @staticmethod
     def _was_cancelled() -> bool:
@@ -197,11 +220,20 @@ class ClusterCore:
         task = asyncio.current_task()
         return task is not None and task.cancelling() > 0
 
-    def _deliver(self, relay: Relay, outputs: list[EngineCoreOutput]) -> None:
-        for output in outputs:
-            relay.token_ids.extend(output.new_token_ids)
-            relay.finished = relay.finished or output.finished
-        self._outputs.extend(outputs)
+    def _receive(self, ticket: int, offset: int, output: EngineCoreOutput) -> None:
+        """Called by the inbox with each output: it belongs behind the ``offset`` tokens that are there."""
+        relay = self._by_ticket.get(ticket)
+        if relay is None or relay.finished or relay.fault is not None:
+            return
+        if offset != len(relay.token_ids):
+            relay.fault = f"tokens from {offset} came after {len(relay.token_ids)} tokens"
+            return
+        relay.token_ids.extend(output.new_token_ids)
+        relay.finished = output.finished
+        self._put_out(output)
+
+    def _put_out(self, output: EngineCoreOutput) -> None:
+        self._outputs.append(output)
         self._wake.set()
 
     # Statistics and reachability

@@ -5,6 +5,7 @@ from argparse import Namespace
 
 from prometheus_client import CollectorRegistry
 from ray import serve
+from ray.util import get_node_ip_address
 from starlette.applications import Starlette
 from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -62,6 +63,7 @@ async def _serve(model: ApiModel, replica_limit: int) -> ServedModel:
     info: ReplicaInfo = await handle.info.remote()
     _learn(config, info)
     core = ClusterCore(model.spec.model_name, handle, info, model.replicas, replica_limit)
+    await core.open(get_node_ip_address())  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     engine = ClusterEngine(config, core, [stat_logger_in(registry)])
     tasks = await engine.get_supported_tasks()

@@ -210,6 +210,7 @@ def engine_spec(engine: EngineSizes, budget: int, wanted_rest: int | None) -> En
         max_num_seqs=model.max_num_seqs,
         max_num_batched_tokens=model.max_num_batched_tokens,
         elastic=model.elastic,
+        paced_tokens_per_s=model.paced_tokens_per_s,
         async_scheduling=model.async_scheduling,
         # Without compilation and with explicit KV bytes vLLM skips its warm-up on a host: seconds instead of a minute
         # to start. A GPU is slow without CUDA graphs.

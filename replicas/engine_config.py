@@ -10,6 +10,7 @@ from vllm.usage.usage_lib import UsageContext
 from memory_agent.errors import SettingsError
 from memory_agent.kv_fingerprint import model_identity
 from replicas.elastic_settings import ElasticSettings
+from replicas.paced_core import PacedCore
 from replicas.spec import EngineSpec
 
 _ELASTIC_ON_GPU = {"worker_cls": "replicas.gpu_worker.ElasticGpuWorker"}
@@ -68,6 +69,18 @@ def build_vllm_config(spec: EngineSpec, board_path: str = "", row: int = 0) -> V
     name = "ElasticAsyncScheduler" if config.scheduler_config.async_scheduling else "ElasticScheduler"
     config.scheduler_config.scheduler_cls = f"replicas.elastic_scheduler.{name}"
     return config
+
+
+def build_paced_core(spec: EngineSpec, config: VllmConfig) -> PacedCore | None:
+    """What takes the engine's place where ``spec`` asks for it, else None. Its KV blocks are as many as an engine's."""
+    if spec.paced_tokens_per_s is None:
+        return None
+    size = config.model_config.get_vocab_size()
+    block_tokens = config.cache_config.block_size or 1
+    config.cache_config.num_gpu_blocks = config.scheduler_config.max_num_seqs * (spec.max_model_len // block_tokens + 1)
+    # The first ids are control tokens, which are no text, and single bytes, which are rarely valid UTF-8 in a row.
+    ids = range(size // 8, size)
+    return PacedCore(ids, spec.paced_tokens_per_s, spec.max_num_seqs, config.model_config.max_model_len)
 
 
 def check_elastic(config: VllmConfig) -> None:

@@ -1,14 +1,13 @@
-"""vLLM's engine core behind streams of token ids.
+"""vLLM's engine core behind requests: each has an outlet that its outputs go to.
 
-    generate() --> EngineCore process --> Worker process
-    one stream a request <-- one pump that hands each output to its stream
+    run() --> EngineCore process --> Worker process
+    outlet of each request <-- one pump that hands out each step's outputs
 
 Needs no Ray: what a Serve replica adds is in ``replicas.replica``.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from typing import Protocol
 
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutput
@@ -17,39 +16,35 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.stats import SchedulerStats
 
 from replicas.hop import Frames, HopCodec
+from replicas.paced_core import PacedCore
 
 SHUTDOWN_TIMEOUT_S = 10.0
 
 
-@dataclass
-class _Stream:
-    """Outputs of one request that nobody has taken yet."""
+class Outlet(Protocol):
+    """Where one request's outputs go."""
 
-    ready: list[EngineCoreOutput] = field(default_factory=list)
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: "asyncio.Future[None]"
+    """Done when the last output has arrived where it should; with an exception when that cannot be any more."""
 
     def put(self, output: EngineCoreOutput) -> None:
-        self.ready.append(output)
-        self.wake.set()
-
-    async def take(self) -> list[EngineCoreOutput]:
-        """Everything that is ready, at least one output."""
-        await self.wake.wait()
-        self.wake.clear()
-        taken, self.ready = self.ready, []
-        return taken
+        """Take one output, in order. It belongs to the outlet from here on."""
 
 
 class EngineHost:
-    """Starts the engine's processes and streams requests through them. Belongs to the event loop it is built on."""
+    """Starts the engine's processes and runs requests in them. Belongs to the event loop it is built on."""
 
-    def __init__(self, config: VllmConfig) -> None:
-        """Loads the model; returns when the engine can run requests. Raises what vLLM raises where it cannot."""
+    def __init__(self, config: VllmConfig, paced_core: PacedCore | None = None) -> None:
+        """Loads the model; returns when the engine can run requests. Raises what vLLM raises where it cannot.
+
+        Args:
+            paced_core: takes the engine's place; no process is started then.
+        """
         self.config = config
         self._codec = HopCodec()
-        self._streams: dict[str, _Stream] = {}
+        self._outlets: dict[str, Outlet] = {}
         self._stats = SchedulerStats()
-        self._core: AsyncMPClient = EngineCoreClient.make_async_mp_client(
+        self._core: AsyncMPClient | PacedCore = paced_core or EngineCoreClient.make_async_mp_client(
             config, Executor.get_class(config), log_stats=True
         )
 
@@ -60,37 +55,35 @@ class EngineHost:
     @property
     def streams(self) -> int:
         """Requests accepted and not finished."""
-        return len(self._streams)
+        return len(self._outlets)
 
-    async def generate(self, frames: Frames) -> AsyncGenerator[Frames, None]:
-        """Run one encoded EngineCoreRequest and yield its outputs, encoded, as they come: all that is ready at a
-        time.
+    async def run(self, frames: Frames, outlet: Outlet) -> None:
+        """Run one encoded EngineCoreRequest, and wait until its outputs have gone through ``outlet``.
 
-        Leaving the generator early aborts the request in the engine. Raises EngineDeadError where the engine is dead.
+        Whatever ends this earlier, a cancellation or the outlet's own exception, aborts the request in the engine.
+        Raises that, and EngineDeadError where the engine is dead.
         """
         request = self._codec.decode_request(frames)
         request_id = request.request_id
-        stream = self._streams[request_id] = _Stream()
-        finished = False
+        self._outlets[request_id] = outlet
+        whole = False
         try:
             await self._core.add_request_async(request)
-            while not finished:
-                outputs = await stream.take()
-                finished = any(output.finished for output in outputs)
-                yield self._codec.encode_outputs(outputs)
+            await outlet.ended
+            whole = True
         finally:
-            del self._streams[request_id]
-            if not finished:
+            del self._outlets[request_id]
+            if not whole:
                 await self._core.abort_requests_async([request_id])
 
     async def pump(self) -> None:
-        """Hand every output to its stream and keep the last step's numbers, for ever. Raises EngineDeadError at the
+        """Hand every output to its outlet and keep the last step's numbers, for ever. Raises EngineDeadError at the
         engine's end."""
         while True:
             outputs = await self._core.get_output_async()
             for output in outputs.outputs:
-                if (stream := self._streams.get(output.request_id)) is not None:
-                    stream.put(output)
+                if (outlet := self._outlets.get(output.request_id)) is not None:
+                    outlet.put(output)
             if outputs.scheduler_stats is not None:
                 self._stats = _with_counts_of(outputs.scheduler_stats, self._stats)
 

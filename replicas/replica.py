@@ -1,9 +1,9 @@
 """One engine replica: the Serve deployment around an engine.
 
     ingress --EngineCoreRequest--> generate() --> EngineHost
-    ingress <--EngineCoreOutput--- one stream a request
+    ingress <--EngineCoreOutput--- one output channel an ingress, for all its requests
 
-The engine's death is the replica's death: the process ends at once, so that its streams fail where the ingress can
+The engine's death is the replica's death: the process ends at once, so that its calls fail where the ingress can
 send them elsewhere, no router sends it another request, and Ray Serve starts a new one.
 
 vLLM is imported when a replica starts, not before: the process that only deploys replicas does without.
@@ -12,7 +12,7 @@ vLLM is imported when a replica starts, not before: the process that only deploy
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vllm.v1.metrics.stats import SchedulerStats
 
     from memory_agent.agent import AgentSpec
+    from replicas.channel_wire import InboxAddress
     from replicas.hop import Frames
 
 logger = logging.getLogger("ray.serve")
@@ -75,8 +76,9 @@ class EngineReplica:
 
         Raises what vLLM raises for settings it refuses, and what the agent raises where the guarantee does not fit.
         """
-        from replicas.engine_config import build_vllm_config
+        from replicas.engine_config import build_paced_core, build_vllm_config
         from replicas.engine_host import EngineHost
+        from replicas.output_channel import Channels
         from replicas.warm_up import warm_up
 
         own_engine_processes()
@@ -85,7 +87,9 @@ class EngineReplica:
         self._tasks: list[asyncio.Task[None]] = []
         self._link = BoardLink(self.engine_id, spec, agent_spec) if agent_spec is not None else None
         where = (self._link.registration.board_path, self._link.registration.row) if self._link is not None else ()
-        self._engine = EngineHost(build_vllm_config(spec, *where))
+        config = build_vllm_config(spec, *where)
+        self._engine = EngineHost(config, build_paced_core(spec, config))
+        self._channels = Channels()
         self._start(self._engine.pump())
         if self._link is not None:
             self._start(self._link.follow_lease(self._engine.wake))
@@ -93,10 +97,14 @@ class EngineReplica:
         if spec.charge_activations:
             await warm_up(self._engine)
 
-    async def generate(self, frames: "Frames") -> "AsyncGenerator[Frames, None]":
-        """Run one encoded EngineCoreRequest and yield its encoded outputs. Leaving early aborts it in the engine."""
-        async for outputs in self._engine.generate(frames):
-            yield outputs
+    async def generate(self, frames: "Frames", address: "InboxAddress", ticket: int) -> None:
+        """Run one encoded EngineCoreRequest; its outputs go to the inbox at ``address``, under ``ticket``. Returns when
+        all have been received there. Cancelling aborts it in the engine.
+
+        Raises ChannelBroken where the inbox cannot be reached.
+        """
+        with self._channels.lane(address, ticket) as lane:
+            await self._engine.run(frames, lane)
 
     async def info(self) -> ReplicaInfo:
         config = self._engine.config
@@ -120,6 +128,8 @@ class EngineReplica:
         self._closing = True
         for task in getattr(self, "_tasks", ()):
             task.cancel()
+        if (channels := getattr(self, "_channels", None)) is not None:
+            channels.close()
         if (engine := getattr(self, "_engine", None)) is not None:
             engine.close()
         if (link := getattr(self, "_link", None)) is not None:

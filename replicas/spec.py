@@ -32,6 +32,8 @@ class EngineSpec:
         row_bytes: likewise, of the logits of one request that samples.
         host_buffer_bytes: host memory, over all workers, for KV blocks that leave the device; 0 for none.
         ttft_slo_ms, tpot_slo_ms: objectives by which the host buffer lets prompts in early; 0: it does not.
+        paced_tokens_per_s: answer with made-up tokens at this pace instead of running an engine, see
+            ``replicas.paced_core``; None runs the engine.
         async_scheduling: None leaves it to vLLM's platform default; True forces it on.
         engine_args: further keyword arguments of vLLM's AsyncEngineArgs, passed as they are.
     """
@@ -55,6 +57,7 @@ class EngineSpec:
     max_num_batched_tokens: int = 2048
     elastic: bool = True
     tensor_parallel_size: int = 1
+    paced_tokens_per_s: float | None = None
     async_scheduling: bool | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)
 

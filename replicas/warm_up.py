@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
 from replicas.engine_host import EngineHost
 from replicas.hop import HopCodec
@@ -31,6 +31,17 @@ def is_warm_up(request_id: str) -> bool:
     return request_id.startswith(_PREFIX)
 
 
+class _Sink:
+    """An outlet whose outputs nobody needs."""
+
+    def __init__(self) -> None:
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def put(self, output: EngineCoreOutput) -> None:
+        if output.finished and not self.ended.done():
+            self.ended.set_result(None)
+
+
 async def warm_up(engine: EngineHost) -> None:
     """Compute prompts of several sizes, and then many that decode together, as far as the engine's limits allow it. The
     engine's pump must be running. Raises EngineDeadError where the engine dies."""
@@ -52,8 +63,7 @@ async def warm_up(engine: EngineHost) -> None:
             cache_salt=None,
             data_parallel_rank=None,
         )
-        async for _ in engine.generate(codec.encode_request(request)):
-            pass
+        await engine.run(codec.encode_request(request), _Sink())
 
     await compute(generate, model.get_vocab_size(), most, scheduler.max_num_seqs)
 

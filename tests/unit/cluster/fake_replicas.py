@@ -1,7 +1,9 @@
-"""Replicas behind a Ray Serve handle, played in this process: each call of ``generate`` follows a script."""
+"""Replicas behind a Ray Serve handle, played in this process: each call of ``generate`` follows a script. Outputs go
+over a real channel."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +12,9 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.metrics.stats import SchedulerStats
 
+from replicas.channel_wire import InboxAddress
 from replicas.hop import Frames, HopCodec
+from replicas.output_channel import Channels, Lane
 from replicas.replica import ReplicaInfo, ReplicaStats
 
 INFO = ReplicaInfo(supported_tasks=("generate",), max_model_len=128, kv_blocks=8, block_tokens=16)
@@ -41,10 +45,11 @@ def stats(engine_id: str, running: int = 0, waiting: int = 0) -> ReplicaStats:
 
 
 @dataclass
-class FakeStream:
-    """What ``handle.options(stream=True).generate.remote`` returns."""
+class FakeCall:
+    """What ``handle.options().generate.remote`` returns."""
 
     frames: Frames
+    lane: AbstractContextManager[Lane]
     script: Sequence[Step]
     cancelled: bool = False
     codec: HopCodec = field(default_factory=HopCodec)
@@ -52,21 +57,32 @@ class FakeStream:
     def cancel(self) -> None:
         self.cancelled = True
 
-    async def __aiter__(self) -> AsyncIterator[Frames]:
+    def __await__(self) -> Generator[Any, None, None]:
+        return self._play().__await__()
+
+    async def _play(self) -> None:
         request_id = self.codec.decode_request(self.frames).request_id
-        for step in self.script:
-            await asyncio.sleep(0)
-            if isinstance(step, Exception):
-                raise step
-            if step == "end":
-                return
-            if step == "wait":
-                await asyncio.Event().wait()
-            if step == "cancel":
-                raise asyncio.CancelledError
-            reason = FinishReason.LENGTH if step == "finish" else None
-            tokens = [step] if isinstance(step, int) else []
-            yield self.codec.encode_outputs([EngineCoreOutput(request_id, tokens, finish_reason=reason)])
+        with self.lane as lane:
+            for step in self.script:
+                await asyncio.sleep(0)
+                if isinstance(step, int) or step == "finish":
+                    reason = FinishReason.LENGTH if step == "finish" else None
+                    lane.put(
+                        EngineCoreOutput(request_id, [step] if isinstance(step, int) else [], finish_reason=reason)
+                    )
+                    continue
+                async with asyncio.timeout(10):
+                    while not lane.idle:  # noqa: ASYNC110  # plain state of the product, without an event
+                        await asyncio.sleep(0)
+                if isinstance(step, Exception):
+                    raise step
+                if step == "end":
+                    return
+                if step == "wait":
+                    await asyncio.Event().wait()
+                if step == "cancel":
+                    raise asyncio.CancelledError
+            await lane.ended
 
 
 @dataclass
@@ -75,15 +91,16 @@ class FakeHandle:
 
     scripts: list[Sequence[Step]] = field(default_factory=list)
     answers: Callable[[], list[Any]] = lambda: [stats("a")]
-    streams: list[FakeStream] = field(default_factory=list)
+    calls: list[FakeCall] = field(default_factory=list)
+    channels: Channels = field(default_factory=Channels)
 
-    def options(self, *, method_name: str, stream: bool) -> "FakeHandle":
-        assert (method_name, stream) == ("generate", True)
+    def options(self, *, method_name: str) -> "FakeHandle":
+        assert method_name == "generate"
         return self
 
-    def remote(self, frames: Frames) -> FakeStream:
-        self.streams.append(FakeStream(frames, self.scripts[len(self.streams)]))
-        return self.streams[-1]
+    def remote(self, frames: Frames, address: InboxAddress, ticket: int) -> FakeCall:
+        self.calls.append(FakeCall(frames, self.channels.lane(address, ticket), self.scripts[len(self.calls)]))
+        return self.calls[-1]
 
     def broadcast(self, method: str) -> "FakeHandle":
         assert method == "stats"

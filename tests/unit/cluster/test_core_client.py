@@ -1,7 +1,7 @@
 """The replicas as one engine core, with replicas that follow scripts."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ def task_error() -> Exception:
     return RayTaskError("generate", "trace", ValueError("bad"))  # type: ignore[no-untyped-call]
 
 
-MakeCore = Callable[[FakeHandle], ClusterCore]
+MakeCore = Callable[[FakeHandle], Awaitable[ClusterCore]]
 DEADLINE_S = 10.0
 
 
@@ -29,14 +29,19 @@ DEADLINE_S = 10.0
 async def make_core() -> AsyncIterator[MakeCore]:
     """Builds cores of two replicas with room for four requests each, and closes them."""
     cores: list[ClusterCore] = []
+    handles: list[FakeHandle] = []
 
-    def make(handle: Any) -> ClusterCore:
-        cores.append(ClusterCore("m", handle, INFO, replicas=2, replica_limit=4))
+    async def make(handle: FakeHandle) -> ClusterCore:
+        cores.append(ClusterCore("m", handle, INFO, replicas=2, replica_limit=4))  # type: ignore[arg-type]
+        handles.append(handle)
+        await cores[-1].open("127.0.0.1")
         return cores[-1]
 
     yield make
     for core in cores:
         core.shutdown()
+    for handle in handles:
+        handle.channels.close()
 
 
 async def outputs_until(core: ClusterCore, done: Callable[[list[EngineCoreOutput]], bool]) -> list[EngineCoreOutput]:
@@ -58,7 +63,7 @@ def tokens(outputs: list[EngineCoreOutput]) -> list[int]:
 
 async def test_outputs_arrive_in_order_and_the_request_is_forgotten(make_core: MakeCore) -> None:
     """A request's outputs come out as its replica sent them; after its end nothing is left of it."""
-    core = make_core(FakeHandle([[5, 6, "finish"]]))
+    core = await make_core(FakeHandle([[5, 6, "finish"]]))
     await core.add_request_async(request())
     outputs = await outputs_until(core, ended())
     assert tokens(outputs) == [5, 6]
@@ -68,29 +73,29 @@ async def test_outputs_arrive_in_order_and_the_request_is_forgotten(make_core: M
 
 async def test_one_call_drains_all_requests(make_core: MakeCore) -> None:
     """Outputs of several requests that have arrived come out together."""
-    core = make_core(FakeHandle([[1, "finish"], [2, "finish"]]))
+    core = await make_core(FakeHandle([[1, "finish"], [2, "finish"]]))
     for request_id in "ab":
         await core.add_request_async(request(request_id))
-    await until(lambda: core.in_flight == 0)
+    await until(lambda: sum(output.finished for output in core._outputs) == 2)
     drained = (await outputs_until(core, bool), core._outputs)
     assert {output.request_id for output in drained[0]} == {"a", "b"}
     assert drained[1] == []
 
 
-async def test_abort_cancels_the_stream(make_core: MakeCore) -> None:
-    """An aborted request's stream is cancelled, and it puts out nothing more."""
+async def test_abort_cancels_the_call(make_core: MakeCore) -> None:
+    """An aborted request's call is cancelled, and it puts out nothing more."""
     handle = FakeHandle([[1, "wait"]])
-    core = make_core(handle)
+    core = await make_core(handle)
     await core.add_request_async(request())
     await outputs_until(core, bool)
     await core.abort_requests_async(["r", "unknown"])
-    await until(lambda: handle.streams[0].cancelled)
+    await until(lambda: handle.calls[0].cancelled)
     assert (core.in_flight, core._outputs) == (0, [])
 
 
 async def test_death_before_the_first_token_is_retried(make_core: MakeCore) -> None:
     """A request whose replica dies before its first token is sent again, and its client sees nothing of it."""
-    core = make_core(FakeHandle([[died()], [7, "finish"]]))
+    core = await make_core(FakeHandle([[died()], [7, "finish"]]))
     await core.add_request_async(request())
     outputs = await outputs_until(core, ended())
     assert (tokens(outputs), outputs[-1].finish_reason, core.retried) == ([7], FinishReason.LENGTH, 1)
@@ -99,27 +104,27 @@ async def test_death_before_the_first_token_is_retried(make_core: MakeCore) -> N
 async def test_retries_are_bounded(make_core: MakeCore) -> None:
     """Three replicas that die under a request end it with an error."""
     handle = FakeHandle([[died()]] * 9)
-    core = make_core(handle)
+    core = await make_core(handle)
     await core.add_request_async(request())
     outputs = await outputs_until(core, ended())
     assert outputs[-1].finish_reason == FinishReason.ERROR
-    assert len(handle.streams) == 3
+    assert len(handle.calls) == 3
 
 
 @pytest.mark.parametrize("end", [died(), "end", "cancel", BackPressureError(1, 1), task_error()])
 async def test_an_end_after_tokens_is_an_error_not_a_repetition(make_core: MakeCore, end: Any) -> None:
-    """Tokens that the client has seen are never sent twice: whatever ends the stream, the request ends in an error."""
+    """Tokens that the client has seen are never sent twice: whatever ends the call, the request ends in an error."""
     handle = FakeHandle([[4, end]])
-    core = make_core(handle)
+    core = await make_core(handle)
     await core.add_request_async(request())
     outputs = await outputs_until(core, ended())
     assert (tokens(outputs), outputs[-1].finish_reason) == ([4], FinishReason.ERROR)
-    assert len(handle.streams) == 1
+    assert len(handle.calls) == 1
 
 
 async def test_a_relay_knows_how_to_go_on(make_core: MakeCore) -> None:
     """While a request runs, its prompt and its tokens so far are at hand."""
-    core = make_core(FakeHandle([[4, 5, "wait"]]))
+    core = await make_core(FakeHandle([[4, 5, "wait"]]))
     await core.add_request_async(request())
     await outputs_until(core, lambda seen: tokens(seen) == [4, 5])
     relay = core._relays["r"]
@@ -128,7 +133,7 @@ async def test_a_relay_knows_how_to_go_on(make_core: MakeCore) -> None:
 
 async def test_input_in_parts_is_refused(make_core: MakeCore) -> None:
     """A request id that is already running, which is how vLLM streams input, is refused and disturbs nothing."""
-    core = make_core(FakeHandle([[1, "wait"]]))
+    core = await make_core(FakeHandle([[1, "wait"]]))
     await core.add_request_async(request())
     with pytest.raises(VLLMValidationError, match="several parts"):
         await core.add_request_async(request())
@@ -137,7 +142,7 @@ async def test_input_in_parts_is_refused(make_core: MakeCore) -> None:
 
 async def test_what_does_not_work_is_a_client_error(make_core: MakeCore) -> None:
     """Every other call of vLLM's core client refuses with a client error that names it; unknown names do not exist."""
-    core = make_core(FakeHandle())
+    core = await make_core(FakeHandle())
     with pytest.raises(VLLMValidationError, match=r"^sleep does not work"):
         await core.sleep_async(1)
     with pytest.raises(VLLMValidationError, match="collective_rpc"):
@@ -155,14 +160,14 @@ async def test_refuses_where_no_replica_answers(make_core: MakeCore) -> None:
         raise DeploymentUnavailableError(DeploymentID(name="m"))
 
     handle = FakeHandle(answers=nobody)
-    core = make_core(handle)
+    core = await make_core(handle)
     await until(lambda: core.reachable == 0)
     assert "no replica of m" in (core.why_full(1) or "")
 
 
 async def test_refuses_where_all_are_full(make_core: MakeCore) -> None:
     """A request that would not fit beside those in flight is refused with the numbers."""
-    core = make_core(FakeHandle([["wait"]] * 3))
+    core = await make_core(FakeHandle([["wait"]] * 3))
     await until(lambda: core.reachable == 1)
     for request_id in "abc":
         await core.add_request_async(request(request_id))
@@ -180,7 +185,7 @@ async def test_a_stuck_replica_does_not_hide_the_others(make_core: MakeCore, mon
             return [stats("a"), stats("b"), RuntimeError("one that failed")]
         raise TimeoutError
 
-    core = make_core(FakeHandle(answers=answers))
+    core = await make_core(FakeHandle(answers=answers))
     await until(lambda: next(polls) > 5)
     assert core.reachable == 2
     monkeypatch.setattr(cluster.core_client, "STALE_AFTER_S", 0.0)
@@ -189,7 +194,7 @@ async def test_a_stuck_replica_does_not_hide_the_others(make_core: MakeCore, mon
 
 async def test_numbers_of_each_replica_are_put_out(make_core: MakeCore) -> None:
     """Each replica's scheduler statistics come out under an engine number of its own."""
-    core = make_core(FakeHandle(answers=lambda: [stats("a", running=3), stats("b", running=1, waiting=2)]))
+    core = await make_core(FakeHandle(answers=lambda: [stats("a", running=3), stats("b", running=1, waiting=2)]))
     async with asyncio.timeout(DEADLINE_S):
         numbers = [await core.get_output_async() for _ in range(2)]
     assert sorted(map(gauges, numbers)) == [(0, 3, 0), (1, 1, 2)]
