@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster.config import ModelConfig
 from cluster.device import Device
-from cluster.sizing import mib
+from cluster.sizing import PACED_BYTES, mib
 from memory_agent.errors import SettingsError
 from memory_agent.lease_board import MAX_ROWS
 from replicas.spec import EngineSpec
@@ -86,6 +86,8 @@ class ModelEntry:
     def fixed_bytes(self, device: Device) -> int:
         """Processes and weights of all its replicas on the device, and KV memory that is not elastic."""
         spec = self.spec
+        if spec.paced_tokens_per_s is not None:
+            return self.config.replicas * PACED_BYTES
         static = 0 if spec.elastic else spec.kv_ceiling_bytes
         reserve = device.step_reserve_bytes(
             spec.max_num_batched_tokens, spec.token_bytes, spec.max_num_seqs, spec.row_bytes

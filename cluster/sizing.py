@@ -23,6 +23,8 @@ from memory_agent.lease_board import LIMIT_UNIT_BYTES
 from replicas.spec import EngineSpec, step_bytes
 
 MIB, GIB = 1 << 20, 1 << 30
+PACED_BYTES = 3 * GIB // 4
+"""Replica actor without any engine: 0.6 GiB measured."""
 _SPARE_BLOCKS = 2
 _REST_SHARE = 64
 _CEILING_OVER_REST = 4
@@ -53,7 +55,7 @@ class EngineSizes:
 
     least_bytes: the smallest guarantee that is possible; guarantee_bytes: the one that was chosen, or that.
     static_bytes: KV bytes of one replica that is not elastic, held all the time; fixed_bytes: these, weights, process,
-    and on a host its host buffer.
+    and on a host its host buffer; of a paced one, which has none of these, the process.
     """
 
     model: ModelConfig
@@ -134,6 +136,8 @@ class EngineSizes:
 
     @property
     def fixed_bytes(self) -> int:
+        if self.model.paced_tokens_per_s is not None:
+            return PACED_BYTES
         buffer = 0 if self.device.is_gpu else self.host_buffer_bytes
         return self.process_bytes + self.facts.weights_bytes + self.static_bytes + buffer
 
@@ -316,6 +320,9 @@ def _parts(engines: Sequence[EngineSizes]) -> str:
     base = engines[0].device.base_bytes
     parts = [f"{gib(base)} for Ray and the API"] if base else []
     for e in engines:
+        if e.model.paced_tokens_per_s is not None:
+            parts.append(f"{e.model.replicas} x {gib(PACED_BYTES)} for {e.model.name}, which runs no engine")
+            continue
         kv = e.guarantee_bytes if e.model.elastic else e.static_bytes
         parts.append(
             f"{e.model.replicas} x {gib(e.process_bytes + e.facts.weights_bytes + kv)} for {e.model.name}: process "

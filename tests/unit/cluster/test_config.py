@@ -82,11 +82,13 @@ def test_a_vllm_argument_that_we_decide_is_refused() -> None:
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
-    """A step must have room for one token of every running request, and names must differ."""
+    """A step must have room for one token of every running request, names must differ, and what runs no engine has no
+    elastic memory."""
     assert "max_num_batched_tokens (2048) should be at least max_num_seqs (4096)" in problem(
         "models: [{max_num_seqs: 4096}]"
     )
     assert "two entries of models are named 'a'" in problem("models: [{name: a}, {name: a}]")
+    assert "set elastic: false" in problem("models: [{paced_tokens_per_s: 50.0}]")
 
 
 def test_a_key_that_is_there_twice_is_refused() -> None:

@@ -40,6 +40,15 @@ def test_defaults_on_a_roomy_machine() -> None:
     assert spec.engine_args == {"enforce_eager": True}
 
 
+def test_a_paced_replica_needs_no_weights() -> None:
+    """What runs no engine is sized as a process alone, and its pace reaches the replica."""
+    paced = config(models=[{"replicas": 2, "elastic": False, "paced_tokens_per_s": 50.0}])
+    sizing = plan_sizes(paced, [facts(weights_bytes=100 * GIB)], 4 * GIB)
+    assert (sizing.specs[0].paced_tokens_per_s, sizing.budget_bytes) == (50.0, 0)
+    with pytest.raises(SettingsError, match="which runs no engine"):
+        plan_sizes(paced, [facts()], 2 * GIB)
+
+
 @given(
     replicas=st.integers(1, 8),
     max_model_len=st.integers(1, 100_000),
