@@ -78,10 +78,10 @@ def build_model_app(
 
     Args:
         engines: replicas of all models on this host: they share its cores.
-        agent_spec: the memory agent that elastic engines register with; None where no engine is elastic.
+        agent_spec: the memory agent that an elastic engine registers with; None where it is not elastic.
     """
     deployment = _engine_deployment(config.replicas, engine_environment(spec, engines))
-    return deployment.bind(spec, agent_spec if spec.elastic else None)  # type: ignore[no-any-return]
+    return deployment.bind(spec, agent_spec)  # type: ignore[no-any-return]
 
 
 def _engine_deployment(replicas: int, environment: dict[str, str]) -> Any:

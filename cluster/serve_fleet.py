@@ -50,7 +50,9 @@ class ServeFleet:
         }
 
     async def deploy(self, entry: ModelEntry, engines: int, budget_bytes: int) -> None:
-        app = build_model_app(entry.spec, entry.config, engines, self._agent_spec(budget_bytes))
+        # Where no model is elastic there is no budget, and no agent's specification either.
+        agent_spec = self._agent_spec(budget_bytes) if entry.spec.elastic else None
+        app = build_model_app(entry.spec, entry.config, engines, agent_spec)
         target = serve.RunTarget(app, name=model_app_name(entry.name), route_prefix=None)
         await _in_thread(lambda: serve.run_many([target], wait_for_applications_running=False))
 

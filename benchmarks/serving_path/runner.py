@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 READY = "serving"
-_START_TIMEOUT_S = 240.0
+_START_TIMEOUT_S = 900.0
+"""A machine that does other things too takes minutes."""
 _STOP_TIMEOUT_S = 60.0
 
 
