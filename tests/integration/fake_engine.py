@@ -14,6 +14,8 @@ from memory_agent.lease_board import LIMIT_UNIT_BYTES, EngineWord, LeaseBoard, R
 STEP_S = 0.005
 STEP_BYTES = 64 * LIMIT_UNIT_BYTES
 """Most bytes moved in one step: moves take several steps, as in an engine."""
+FLOOR_BYTES = 16 * LIMIT_UNIT_BYTES
+"""What it would keep at rest: the rest of its guarantee is lent."""
 
 
 def resize(fd: int, size_bytes: int) -> None:
@@ -47,6 +49,7 @@ def main() -> None:
     row.set(EngineWord.WORKER_COUNT, 1)
     row.set(EngineWord.BLOCK_BYTES, LIMIT_UNIT_BYTES)
     row.set(EngineWord.BLOCKS_CEILING, 2**20)
+    row.set(EngineWord.FLOOR_BYTES, FLOOR_BYTES)
     row.set(EngineWord.PID, os.getpid())
     demand = 0
     while True:

@@ -23,6 +23,7 @@ from memory_agent.errors import SettingsError
 from memory_agent.lease_board import LIMIT_UNIT_BYTES, EngineWord, LeaseBoard, ReplicaWord, Row
 from memory_agent.processes import file_bytes
 from memory_agent.reports import DeviceReport, EngineReport, PressureLevel
+from tests.integration.fake_engine import FLOOR_BYTES
 
 UNIT = LIMIT_UNIT_BYTES
 BUDGET = 2048 * UNIT
@@ -211,13 +212,13 @@ def test_dead_engine_is_noticed_and_a_stopped_one_is_not_dead(device: Device) ->
     device.start("a")
     device.start("b")
     device.demand("a", 2 * BUDGET)
-    eventually(lambda: device.engine("a").held_bytes_os == BUDGET - GUARANTEE)
+    eventually(lambda: device.engine("a").held_bytes_os == BUDGET - FLOOR_BYTES)
     device.engines["a"].send_signal(signal.SIGSTOP)
     device.demand("b", 2 * BUDGET)
     # The agent has understood that b wants more, and leaves a, which says nothing, its bytes.
     eventually(lambda: device.engine("a").limit_bytes == BUDGET // 2)
-    assert (device.engine("a").state, device.engine("a").held_bytes_os) == ("LIVE", BUDGET - GUARANTEE)
-    assert device.engine("b").limit_bytes == GUARANTEE
+    assert (device.engine("a").state, device.engine("a").held_bytes_os) == ("LIVE", BUDGET - FLOOR_BYTES)
+    assert device.engine("b").limit_bytes == FLOOR_BYTES
     device.engines["a"].kill()
     eventually(lambda: [engine.engine_id for engine in device.report().engines] == ["b"])
     eventually(lambda: device.engine("b").held_bytes_os == BUDGET)
@@ -241,7 +242,7 @@ def test_killed_agent_comes_back_with_everything(device: Device) -> None:
             name: lease.limit_bytes for name, lease in leases.items()
         }
         device.demand("a", 2 * BUDGET)
-        eventually(lambda: device.engine("a").held_bytes_os == BUDGET // 2 - GUARANTEE)
+        eventually(lambda: device.engine("a").held_bytes_os == BUDGET // 2 - FLOOR_BYTES)
         device.engines["b"].kill()
         eventually(lambda: device.engine("a").held_bytes_os == BUDGET // 2)
     assert rows["a"].lease.revision > leases["a"].revision
