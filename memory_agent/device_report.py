@@ -77,6 +77,8 @@ def sample_engine(tenant: Tenant) -> EngineReport:
         host_declined_blocks=row.get(EngineWord.HOST_DECLINED_BLOCKS),
         host_evicted_blocks=row.get(EngineWord.HOST_EVICTED_BLOCKS),
         host_damaged_blocks=row.get(EngineWord.HOST_DAMAGED_BLOCKS),
+        host_stored_tails=row.get(EngineWord.HOST_STORED_TAILS),
+        host_loaded_tails=row.get(EngineWord.HOST_LOADED_TAILS),
         host_logical_bytes=row.get(EngineWord.HOST_LOGICAL_BYTES),
         set_aside=row.get(EngineWord.SET_ASIDE),
         inflate_count=row.get(EngineWord.INFLATE_COUNT),

@@ -3,12 +3,13 @@
                begin_store            finish_store            pin
     free slot -------------> STORING --------------> STORED <------> pinned         match_prefix finds STORED ones
         ^                       |                       |    unpin
-        |<---- abort_store -----+------ eviction -------+                           only unpinned ones are evicted
+        |<---- abort_store -----+--- eviction, drop ----+                           only unpinned ones are evicted
         |
         +--> freed_slots: what the workers have to release, so that the bytes go back to the operating system
 
 The copies are the workers' (``memory_agent.host_segment``). They carry out what a step brings them in this order:
-releases, loads, stores; then a slot may be handed out again in the very step in which it was freed.
+releases, stores, loads. So a slot may be handed out again in the very step in which it was freed, and a block may be
+pinned from the step on that stores it; where that store fails, so does the load.
 
 Of a prefix the last blocks go first: without the blocks before them they are of no use.
 """
@@ -43,7 +44,8 @@ class HostBufferCounts:
 
 @dataclass
 class _Entry:
-    """A slot that is taken. ``pins``: loads under way; ``lost``: leaves with its last pin and is not found any more."""
+    """A slot that is taken. ``pins``: loads under way; ``lost``: is not found any more, and leaves when its store has
+    ended and its last load."""
 
     slot: int
     stored: bool = False
@@ -82,19 +84,26 @@ class HostBuffer:
         """Slots that hold or await a block. Above ``logical_slots`` only while nothing of it can be evicted."""
         return len(self._entries)
 
+    @property
+    def has_freed_slots(self) -> bool:
+        """Slots have been freed that ``freed_slots`` has not named yet."""
+        return bool(self._dirty)
+
     def __contains__(self, key: object) -> bool:
         """Whether the block is stored, or being stored."""
         return key in self._entries
 
-    def match_prefix(self, keys: Sequence[bytes], again: bool = False) -> int:
+    def match_prefix(self, keys: Sequence[bytes], again: bool = False, storing: bool = False) -> int:
         """How many leading keys are stored. Changes nothing but the counts of hits and misses.
 
-        again: the question has been asked before for the same request, and is not counted.
+        Args:
+            again: the question has been asked before for the same request, and is not counted.
+            storing: those that are being stored count too.
         """
         found = 0
         for key in keys:
             entry = self._entries.get(key)
-            if entry is None or not entry.stored or entry.lost:
+            if entry is None or entry.lost or not (entry.stored or storing):
                 break
             found += 1
         if not again:
@@ -127,15 +136,16 @@ class HostBuffer:
         self._rest(keys)
 
     def abort_store(self, keys: Sequence[bytes]) -> None:
-        """These blocks will not be written: on every rank the write has ended, failed or was never begun."""
-        self._each(keys, stored=False)
-        for key in keys:
-            self._free(key)
+        """These blocks will not be written: on every rank the write has ended, failed or was never begun. Those that
+        are pinned already are found no more and leave with their last pin."""
+        for entry in self._each(keys, stored=False):
+            entry.stored = entry.lost = True
         self.counts.aborted += len(keys)
+        self._rest(keys)
 
     def pin(self, keys: Sequence[bytes]) -> list[int]:
-        """Keep these stored blocks for a load; their slots. Pins add up."""
-        entries = self._each(keys, stored=True)
+        """Keep these blocks, stored or being stored, for a load; their slots. Pins add up."""
+        entries = self._each(keys)
         if any(entry.lost for entry in entries):
             raise ContractViolation("a discarded block cannot be loaded: ask match_prefix first")
         for key, entry in zip(keys, entries, strict=True):
@@ -150,9 +160,7 @@ class HostBuffer:
             raise ContractViolation("a block is unpinned more often than it was pinned")
         for entry in entries:
             entry.pins -= 1
-        for key in [key for key in keys if self._entries[key].lost and not self._entries[key].pins]:
-            self._free(key)
-        self._rest([key for key in keys if key in self._entries])
+        self._rest(keys)
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Count these blocks as used now; keys that are not stored are passed over."""
@@ -168,11 +176,17 @@ class HostBuffer:
                 self.counts.discarded += 1
                 self._lose(key, entry)
 
-    def clear(self) -> None:
-        """Forget every stored block; pinned ones are found no more and leave with their last pin."""
-        for key, entry in list(self._entries.items()):
-            if entry.stored and not entry.lost:
+    def drop(self, keys: Iterable[bytes]) -> None:
+        """Forget blocks that nobody will ask for; those that are pinned or being stored are found no more, and leave
+        when they are not. Unknown keys are passed over."""
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is not None and not entry.lost:
                 self._lose(key, entry)
+
+    def clear(self) -> None:
+        """Drop every block."""
+        self.drop(list(self._entries))
 
     def set_logical_slots(self, logical_slots: int) -> None:
         """Let at most this many slots be taken. Evicts down to it now; what is pinned or being written leaves when it
@@ -202,23 +216,29 @@ class HostBuffer:
 
     def _lose(self, key: bytes, entry: _Entry) -> None:
         entry.lost = True
-        if not entry.pins:
+        if entry.stored and not entry.pins:
             self._free(key)
 
-    def _each(self, keys: Sequence[bytes], stored: bool) -> list[_Entry]:
+    def _each(self, keys: Sequence[bytes], stored: bool | None = None) -> list[_Entry]:
         """The entries of these keys. Raises ContractViolation for one that is missing, in the other state or double."""
         if len(set(keys)) != len(keys):
             raise ContractViolation("a block is named twice")
-        entries = [entry for key in keys if (entry := self._entries.get(key)) and entry.stored == stored]
+        entries = [
+            entry for key in keys if (entry := self._entries.get(key)) and (stored is None or entry.stored == stored)
+        ]
         if len(entries) != len(keys):
-            state = "stored" if stored else "being stored"
+            state = {True: "stored", False: "being stored", None: "there"}[stored]
             raise ContractViolation(f"of {len(keys)} blocks only {len(entries)} are {state}")
         return entries
 
     def _rest(self, keys: Sequence[bytes]) -> None:
-        """Stored blocks were used just now; those without a pin may be evicted from here on."""
+        """Stored blocks were used just now; of those without a pin the lost ones leave, and the others may be evicted
+        from here on."""
         for key in reversed(keys):
-            if not self._entries[key].pins:
+            entry = self._entries[key]
+            if entry.lost and not entry.pins:
+                self._free(key)
+            elif not entry.pins:
                 self._evictable[key] = None
         self._shrink()
 

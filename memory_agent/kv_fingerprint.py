@@ -4,6 +4,10 @@ vLLM's block hash says which tokens a block holds (and which adapter by name, an
 computed it or how it lies in memory. A fingerprint says all that; together they name the bytes:
 
     block key = sha256(fingerprint | vLLM's block hash)
+    tail key  = sha256(fingerprint | "tail" | generation | request id)
+
+A block that is not full has no hash. Its bytes belong to one request, and to the number of tokens, its generation,
+whose KV the request has with them.
 """
 
 import hashlib
@@ -67,6 +71,18 @@ def block_key(fingerprint: bytes, block_hash: bytes) -> bytes:
     if len(fingerprint) != FINGERPRINT_BYTES or not block_hash:
         raise ValueError(f"no key from a fingerprint of {len(fingerprint)} bytes and a hash of {len(block_hash)}")
     return hashlib.sha256(fingerprint + block_hash).digest()
+
+
+def tail_key(fingerprint: bytes, request_id: str, generation: int) -> bytes:
+    """The key of the last, partly filled KV block of a request, 32 bytes.
+
+    Args:
+        fingerprint: ``KvFingerprint.digest``.
+        generation: tokens of the request, from its first on, whose KV is computed.
+    """
+    if len(fingerprint) != FINGERPRINT_BYTES or generation <= 0:
+        raise ValueError(f"no key from a fingerprint of {len(fingerprint)} bytes and {generation} tokens")
+    return hashlib.sha256(fingerprint + b"tail" + generation.to_bytes(8, "little") + request_id.encode()).digest()
 
 
 def model_identity(model: str) -> str:

@@ -137,6 +137,10 @@ class EngineWord(IntEnum):
     """WORKER_PID_0 + i: process id of worker i, up to MAX_WORKERS."""
     WORKER_FD_0 = 61 + MAX_WORKERS
     """WORKER_FD_0 + i: number, in worker i, of the file descriptor that backs its KV memory, or NO_FD."""
+    HOST_STORED_TAILS = 77
+    """Since the start: of HOST_STORED_BLOCKS, the last, partly filled ones of preempted requests."""
+    HOST_LOADED_TAILS = 78
+    """Since the start: of HOST_LOADED_BLOCKS, likewise."""
     HOST_BYTES = 88
     """Bytes of the host buffer's slots that are taken, over all workers."""
     HOST_STORED_BLOCKS = 89

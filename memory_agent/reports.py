@@ -29,6 +29,7 @@ class EngineReport:
         used_bytes: KV bytes that requests reference now.
         host_bytes: taken in the host buffer. host_..._blocks, since the start: written to it; loaded from it; not
             moved, because computing them again is cheaper; pushed out by others; not found whole, and computed again.
+        host_..._tails: of the blocks written and loaded the last, partly filled ones of preempted requests.
         host_logical_bytes: of requests that may be set aside for prompts; set_aside: requests that were, since the
             start.
         rss_bytes: resident bytes of the engine's processes.
@@ -67,6 +68,8 @@ class EngineReport:
     host_declined_blocks: int
     host_evicted_blocks: int
     host_damaged_blocks: int
+    host_stored_tails: int
+    host_loaded_tails: int
     host_logical_bytes: int
     set_aside: int
     inflate_count: int

@@ -3,6 +3,8 @@
     loading pays    load seconds of a block                   < prefill seconds of its tokens
     storing pays    store seconds + load seconds of a block   < prefill seconds of its tokens
 
+A block that is partly filled costs as much to move as a full one and less to compute.
+
 While a cost is unknown a few blocks are moved to learn it; while moving does not pay a few are moved now and then,
 because nothing else would show that the machine, or the prompts, have changed. Pure: observations and ``now`` in,
 numbers of blocks out.
@@ -110,16 +112,21 @@ class BreakEven:
         load_s = self._block_s(Move.LOAD) or 0.0
         return (move_s + (load_s if move is Move.STORE else 0.0)) * prefill / self._block_tokens
 
-    def grant(self, move: Move, blocks: int, now: float) -> int:
+    def grant(self, move: Move, blocks: int, now: float, tokens: int | None = None) -> int:
         """How many of ``blocks`` to move now: all where it pays, otherwise what is left of a probe.
 
-        now: monotonic seconds, never less than before.
+        Args:
+            now: monotonic seconds, never less than before.
+            tokens: of each of them, where they are not full.
         """
-        gate, decisions = self._gates[move], self.decisions[move]
-        gate.paying = _pays(gate.paying, self.cost_ratio(move))
-        if gate.paying:
-            decisions.moved += blocks
-            return blocks
+        gate, decisions, ratio = self._gates[move], self.decisions[move], self.cost_ratio(move)
+        gate.paying = _pays(gate.paying, ratio)
+        if gate.paying and ratio is not None:
+            filled = 1.0 if tokens is None else tokens / self._block_tokens
+            granted = blocks if ratio < OFF_ABOVE * filled else 0
+            decisions.moved += granted
+            decisions.declined += blocks - granted
+            return granted
         every_s = LEARN_EVERY_S if gate.paying is None else PROBE_EVERY_S
         if gate.probe_at is None or now - gate.probe_at >= every_s:
             gate.probe_at, gate.probe_left = now, PROBE_BLOCKS

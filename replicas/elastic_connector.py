@@ -34,7 +34,8 @@ from replicas.elastic_kv import ElasticKv
 from replicas.elastic_prefill import ElasticPrefill, Objectives
 from replicas.elastic_settings import ElasticSettings
 from replicas.host_copies import HostCopies
-from replicas.host_tier import HostTier
+from replicas.host_kv import HostKv
+from replicas.host_traffic import HostTraffic
 from replicas.kv_device import CudaDevice, worker_device
 from replicas.kv_geometry import check_extents, kv_geometry, kv_groups
 from replicas.kv_memory import KvMemory
@@ -67,7 +68,7 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._samples: list[ActivationSample] = []
         self._host_slots = self._slots()
         self._fingerprint = partial(_fingerprint, vllm_config, self.geometry, self.settings.weights_identity)
-        self.host: HostTier | None = None
+        self.host: HostKv | None = None
         self.prefill: ElasticPrefill | None = None
         self._copies: HostCopies | None = None
 
@@ -170,19 +171,14 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
             check_extents(self.groups, extents, len(handshakes), self.settings.kv_guarantee_bytes)
         pool = self._kv_cache_manager.block_pool
         if self._host_slots:
-            self.host = HostTier(
-                pool,
-                self._host_slots,
-                self.geometry.block_bytes,
-                self.groups[0].block_tokens,
-                self._fingerprint(rank=0).digest,
-                len(handshakes),
-            )
+            block_tokens = self.groups[0].block_tokens
+            traffic = HostTraffic(self._host_slots, self.geometry.block_bytes, block_tokens, len(handshakes))
+            self.host = HostKv(pool, block_tokens, traffic, self._fingerprint(rank=0).digest)
             if self.settings.ttft_slo_s and self.settings.tpot_slo_s:
                 longest = self.settings.kv_guarantee_bytes // (self.geometry.block_bytes * len(handshakes))
                 objectives = Objectives(self.settings.ttft_slo_s, self.settings.tpot_slo_s)
                 self.prefill = ElasticPrefill(objectives, max(1, longest), self._host_slots)
-        on_evict = self.host.evict if self.host is not None else None
+        on_evict = self.host.tier.evict if self.host is not None else None
         self._kv = ElasticKv(self.settings, self.geometry, self.groups, pool, handshakes, on_evict)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
@@ -206,25 +202,30 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         return self.kv.waiting_helps()
 
     def has_pending_push_work(self) -> bool:
-        return self._kv is not None and (self._kv.has_work() or (self.host is not None and self.host.busy))
+        return self._kv is not None and (self._kv.has_work() or (self.host is not None and self.host.traffic.busy))
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         if self.host is None:
             return 0, False
         if self.prefill is not None and self.prefill.holds(request.request_id, new=not request.num_output_tokens):
             return None, False  # vLLM leaves it out of this step
-        tokens = self.host.match(request.request_id, request.block_hashes, num_computed_tokens, request.num_tokens)
-        return tokens, False
+        return self.host.match(request, num_computed_tokens), False
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         if self.host is not None:
-            self.host.allocate(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+            self.host.allocate(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def preempt(self, request: "Request") -> None:
+        """Called by our schedulers when vLLM is about to take a running request's blocks."""
+        if self.host is not None:
+            assert self._kv_cache_manager is not None
+            self.host.preempt(request, self._kv_cache_manager.get_blocks(request.request_id).blocks[0])
 
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         if self.host is not None:
-            self.host.forget(request.request_id)
+            self.host.finish(request.request_id, block_ids[0])
         if self.prefill is not None:
             self.prefill.forget(request.request_id)
         return False, None

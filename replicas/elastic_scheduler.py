@@ -7,8 +7,9 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from memory_agent.lease_board import EngineWord, ReplicaWord
@@ -18,14 +19,14 @@ from replicas.elastic_prefill import Claim, ElasticPrefill, Line
 from replicas.kv_geometry import check_guarantee
 from replicas.kv_plan import blocks_ahead
 from replicas.step_demand import StepDemand
-from replicas.vllm_adapter import check_scheduler, preempt, preempt_last, returning_blocks
+from replicas.vllm_adapter import PreemptionNotice, check_scheduler, preempt, preempt_last, restart, returning_blocks
 from replicas.warm_up import is_warm_up
 
 _MOST_RESERVE_BLOCKS = 16
 """Bound on the blocks kept mapped beyond what the queues ask for."""
 
 
-class _Elastic(Scheduler):
+class _Elastic(PreemptionNotice):
     """What both schedulers add. Only the bounds of a step change; which request runs is decided by vLLM."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -61,7 +62,7 @@ class _Elastic(Scheduler):
         demand = self._demand(ahead)
         kv.begin_step(demand, self._preempt)
         if self._elastic_connector.host is not None:
-            self._elastic_connector.host.watch(demand.blocks_wanted)
+            self._elastic_connector.host.tier.watch(demand.blocks_wanted)
         self.max_num_scheduled_tokens = kv.token_budget
         # A request that is admitted now must not take the blocks that running ones need in the next steps: one that
         # finds none holds up all that are scheduled after it.
@@ -69,6 +70,15 @@ class _Elastic(Scheduler):
         output = super().schedule(throttle_prefills)
         self._preemptions += len(output.preempted_req_ids or ())
         return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        output = model_runner_output.kv_connector_output
+        if output is not None and output.invalid_block_ids:
+            self._restart(output.invalid_block_ids)
+            output.invalid_block_ids = set()
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def get_kv_cache_usage(self) -> float:
         """Used share of what the lease makes reachable; vLLM would count parked blocks as used."""
@@ -169,6 +179,20 @@ class _Elastic(Scheduler):
 
     def _preempt(self) -> int:
         return preempt_last(self)
+
+    def about_to_preempt(self, request: Request) -> None:
+        self._elastic_connector.preempt(request)
+
+    def _restart(self, invalid_block_ids: set[int]) -> None:
+        """Requests that have computed with blocks that could not be loaded start again without what they computed
+        since. (Left to vLLM they compute these blocks again and go on: then the token of a step that was in flight
+        meanwhile counts, and others may find the blocks before they are computed.)"""
+        host = self._elastic_connector.host
+        assert host is not None
+        ids = (request.request_id for request in reversed(self.running))
+        tables = {request_id: self.kv_cache_manager.get_block_ids(request_id)[0] for request_id in ids}
+        for request_id in host.fail(invalid_block_ids, tables):
+            restart(self, self.requests[request_id])
 
     def _apply_target(self, kv: ElasticKv) -> None:
         """The controller's bounds for this replica, as the replica process last wrote them on the board."""

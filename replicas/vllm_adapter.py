@@ -1,8 +1,8 @@
 """The one place that touches vLLM's scheduler below its public surface, with a check that it looks as expected.
 
-vLLM has no public way to see the next free blocks without listing all of them, nor to preempt a running request when
-memory has to go back to a neighbour. ``preempt`` does what
-``Scheduler.reset_prefix_cache(reset_running_requests=True)`` does, for one request.
+vLLM has no public way to see the next free blocks without listing all of them, to preempt a running request when
+memory has to go back to a neighbour, or to learn of a preemption while the request has its blocks. ``preempt`` does
+what ``Scheduler.reset_prefix_cache(reset_running_requests=True)`` does, for one request.
 """
 
 import inspect
@@ -13,7 +13,7 @@ import vllm
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 SUPPORTED_VLLM = "0.32"
 
@@ -47,6 +47,20 @@ def check_scheduler(scheduler: Scheduler) -> None:
             raise IncompatibleVllm(f"FreeKVCacheBlockQueue has no linked {name!r}")
 
 
+class PreemptionNotice(Scheduler):
+    """vLLM's scheduler, and notice of every preemption: by ``preempt``, and by vLLM itself where memory is short."""
+
+    def about_to_preempt(self, request: Request) -> None:
+        """The running ``request`` is about to lose its blocks, and what it has computed is worth keeping."""
+        raise NotImplementedError
+
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        # Output in flight is dropped where KV is not to be used again: by a reset, and by ``restart``.
+        if not drop_stale_output:
+            self.about_to_preempt(request)
+        super()._preempt_request(request, timestamp, drop_stale_output)
+
+
 def free_blocks(pool: BlockPool) -> Iterator[KVCacheBlock]:
     """vLLM's free blocks in the order in which they are allocated."""
     queue = pool.free_block_queue
@@ -75,6 +89,15 @@ def preempt(scheduler: Scheduler, request: Request) -> None:
     scheduler._preempt_request(request, time.monotonic())
     # It may be scheduled again at once: the model runner must then see it as resumed, not as continued.
     scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+
+
+def restart(scheduler: Scheduler, request: Request) -> None:
+    """Preempt a running request, and drop its output in flight; of one that has been preempted drop it too."""
+    if request.status == RequestStatus.RUNNING:
+        scheduler.running.remove(request)
+        scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
+        scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+    request.drop_stale_output = True
 
 
 def returning_blocks(scheduler: Scheduler) -> int:

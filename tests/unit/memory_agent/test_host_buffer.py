@@ -40,6 +40,39 @@ def test_a_block_is_found_from_the_end_of_its_store_on() -> None:
     buffer.check_conservation()
 
 
+def test_a_block_can_be_loaded_from_the_step_on_that_stores_it() -> None:
+    """Whoever asks for it finds a block that is being written, and may pin it. Where the write fails it is found no
+    more, and its slot goes with the last pin."""
+    buffer = filled("a", slots=3)
+    buffer.begin_store(keys("bc"))
+    assert (buffer.match_prefix(keys("abc")), buffer.match_prefix(keys("abc"), storing=True)) == (1, 3)
+    assert buffer.pin(keys("bc")) == buffer.pin(keys("bc")) == [1, 2]
+    buffer.finish_store(keys("b"))
+    buffer.abort_store(keys("c"))
+    assert buffer.match_prefix(keys("abc"), storing=True) == 2
+    buffer.unpin(keys("bc"))
+    assert (buffer.taken_slots, buffer.freed_slots()) == (3, [])
+    buffer.unpin(keys("bc"))
+    assert (stored(buffer, "abc"), buffer.freed_slots()) == ("ab", [2])
+    buffer.check_conservation()
+
+
+def test_a_dropped_block_leaves_when_no_copy_uses_it() -> None:
+    """At once, with its last pin, or when its store ends; none of them counts as damaged or evicted."""
+    buffer = filled("ab", slots=4)
+    buffer.begin_store(keys("cd"))
+    buffer.pin(keys("b"))
+    buffer.drop(keys("abcdx"))
+    assert buffer.match_prefix(keys("d"), storing=True) == 0
+    assert buffer.freed_slots() == [0]
+    buffer.finish_store(keys("c"))
+    buffer.abort_store(keys("d"))
+    assert buffer.freed_slots() == [2, 3]
+    buffer.unpin(keys("b"))
+    assert (buffer.taken_slots, buffer.freed_slots()) == (0, [1])
+    assert (buffer.counts.discarded, buffer.counts.evictions) == (0, 0)
+
+
 def test_a_match_counts_once_a_request() -> None:
     """Leading blocks are hits, the rest misses, and a repeated question changes no count."""
     buffer = filled("ab")
@@ -158,10 +191,10 @@ def test_calls_in_the_wrong_state_change_nothing() -> None:
         (buffer.finish_store, "cc"),
         (buffer.finish_store, "cx"),
         (buffer.abort_store, "cb"),
-        (buffer.pin, "ac"),
         (buffer.pin, "ax"),
         (buffer.pin, "aa"),
         (buffer.unpin, "a"),
+        (buffer.unpin, "c"),
     ):
         with pytest.raises(ContractViolation):
             call(keys(named))
@@ -202,7 +235,7 @@ class NaiveBuffer:
         return False
 
     def settle(self) -> None:
-        for key in [key for key in self.lost if key not in self.pins]:
+        for key in [key for key in self.lost if key in self.stored and key not in self.pins]:
             self.lost.remove(key)
             self.stored.remove(key)
         while len(self.storing) + len(self.stored) > self.logical and self.evict([]):
@@ -237,7 +270,7 @@ class HostBufferMachine(RuleBasedStateMachine):
 
     @rule(wanted=st.lists(st.sampled_from(KEYS), max_size=8))
     def begin_store(self, wanted: list[bytes]) -> None:
-        """Keys may repeat. No slot that is read or written is handed out."""
+        """Keys may repeat. No slot that is read or written is handed out before its copy has ended."""
         begun = self.buffer.begin_store(wanted)
         assert [key for key, _ in begun] == self.model.begin(wanted)
         busy = {self.slot_of[key] for key in [*self.model.storing, *self.model.pins] if key not in dict(begun)}
@@ -262,17 +295,21 @@ class HostBufferMachine(RuleBasedStateMachine):
         self.buffer.abort_store(gone)
         for key in gone:
             self.model.storing.remove(key)
+            self.model.stored.append(key)
+            self.model.lost.add(key)
+        self.model.settle()
 
     @rule(chosen=some_keys)
     def pin(self, chosen: list[bytes]) -> None:
-        """The slots are those that the blocks were written to."""
-        found = [key for key in chosen if key in self.model.stored and key not in self.model.lost]
+        """The slots are those that the blocks were, or are being, written to."""
+        there = [*self.model.stored, *self.model.storing]
+        found = [key for key in chosen if key in there and key not in self.model.lost]
         assert self.buffer.pin(found) == [self.slot_of[key] for key in found]
         self.model.pins += found
 
     @rule(chosen=some_keys)
     def unpin(self, chosen: list[bytes]) -> None:
-        pinned = [key for key in chosen if key in self.model.pins]
+        pinned = [key for key in chosen if key in self.model.pins and key in self.model.stored]
         self.buffer.unpin(pinned)
         for key in pinned:
             self.model.pins.remove(key)
@@ -288,6 +325,12 @@ class HostBufferMachine(RuleBasedStateMachine):
     def discard(self, chosen: list[bytes]) -> None:
         self.buffer.discard(chosen)
         self.model.lost |= {key for key in chosen if key in self.model.stored}
+        self.model.settle()
+
+    @rule(chosen=some_keys)
+    def drop(self, chosen: list[bytes]) -> None:
+        self.buffer.drop(chosen)
+        self.model.lost |= {key for key in chosen if key in self.model.stored or key in self.model.storing}
         self.model.settle()
 
     @rule(logical=st.integers(0, SLOTS))
@@ -316,7 +359,9 @@ class HostBufferMachine(RuleBasedStateMachine):
         self.buffer.check_conservation()
         for key in KEYS:
             whole = key in self.model.stored and key not in self.model.lost
+            there = whole or (key in self.model.storing and key not in self.model.lost)
             assert self.buffer.match_prefix([key], again=True) == whole
+            assert self.buffer.match_prefix([key], again=True, storing=True) == there
         assert self.buffer.taken_slots == len(self.model.storing) + len(self.model.stored)
 
 

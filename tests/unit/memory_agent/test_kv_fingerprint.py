@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memory_agent.errors import SettingsError
-from memory_agent.kv_fingerprint import KvFingerprint, block_key, weights_identity
+from memory_agent.kv_fingerprint import KvFingerprint, block_key, tail_key, weights_identity
 
 BASE = KvFingerprint(weights="w", dtype="bfloat16", kv_dtype="bfloat16", block_tokens=128, layout="LBHNC")
 
@@ -42,6 +42,21 @@ def test_two_models_with_one_tokenizer_share_no_key(tmp_path: Path) -> None:
     first, second = ({block_key(fingerprint, block) for block in hashes} for fingerprint in prints)
     assert len(first) == len(second) == 100
     assert first.isdisjoint(second)
+
+
+def test_a_tail_belongs_to_one_request_and_generation() -> None:
+    """Another model, request or number of tokens is another key; none of no tokens."""
+    other = replace(BASE, weights="v")
+    keys = {
+        tail_key(fingerprint.digest, request_id, generation)
+        for fingerprint in (BASE, other)
+        for request_id in ("r", "s", "")
+        for generation in (1, 2, 300)
+    }
+    assert {len(key) for key in keys} == {32}
+    assert len(keys) == 18
+    with pytest.raises(ValueError, match="0 tokens"):
+        tail_key(BASE.digest, "r", 0)
 
 
 def test_a_copy_of_a_model_is_the_same_model(tmp_path: Path) -> None:

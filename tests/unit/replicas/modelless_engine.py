@@ -1,10 +1,14 @@
 """An elastic engine without a model, in this process: vLLM's real scheduler and block pool, our connector's two sides,
-workers with real memory. Tokens mean nothing; memory, leases, waiting and preemption are those of a real engine."""
+workers with real memory. Memory, leases, waiting and preemption are those of a real engine, and its tokens depend on
+what every position of every block held (``ModellessWorker``)."""
 
 import json
 import os
+import random
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,21 +18,25 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from memory_agent.host_segment import HostSegment, host_segment_path
 from memory_agent.lease_board import LIMIT_UNIT_BYTES, AgentWord, EngineWord, Lease, LeaseBoard
 from replicas import kv_memory
-from replicas.elastic_scheduler import ElasticScheduler
+from replicas.elastic_scheduler import ElasticAsyncScheduler, ElasticScheduler
 from replicas.engine_config import build_vllm_config
+from replicas.host_copies import HostCopies
+from replicas.host_kv import HostKv
 from replicas.kv_device import CudaDevice
 from replicas.kv_geometry import kv_geometry
 from replicas.kv_memory import KvMemory
-from replicas.kv_moves import KvAcks, KvHandshake, KvMoves
+from replicas.kv_moves import KvAcks, KvHandshake
 from replicas.spec import EngineSpec
 from tests.unit.memory_agent.failing_host_vmm import FailingHostVmm
 from tests.unit.memory_agent.mapped_cuda_driver import MappedCudaDriver
+from tests.unit.replicas.modelless_worker import VOCABULARY, ModellessWorker, Resumption, WorkerOutput, expected_tokens
 
 BLOCK_TOKENS, LAYERS = 32, 4
 BLOCK_BYTES = LIMIT_UNIT_BYTES  # layers x (K, V) x 64 floats x tokens
@@ -49,11 +57,13 @@ class Clock:
         return self.now_s
 
 
-def modelless_spec(folder: Path, ranks: int = 1, ceiling_blocks: int = 64) -> EngineSpec:
-    """Settings of an engine whose model is a configuration in ``folder`` and nothing else."""
+def modelless_spec(folder: Path, ranks: int = 1, ceiling_blocks: int = 64, host_blocks: int = 0) -> EngineSpec:
+    """Settings of an engine whose model is a configuration in ``folder`` and nothing else; ``host_blocks`` of host
+    buffer on each rank."""
     model = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "vocab_size": 128}
     sizes = {"num_hidden_layers": LAYERS, "num_attention_heads": 1, "max_position_embeddings": LONGEST_TOKENS}
     (folder / "config.json").write_text(json.dumps(model | sizes))
+    (folder / "model.bin").touch()  # what the host buffer's fingerprint is taken of
     return EngineSpec(
         model_name="none",
         model_path=str(folder),
@@ -62,6 +72,7 @@ def modelless_spec(folder: Path, ranks: int = 1, ceiling_blocks: int = 64) -> En
         kv_rest_bytes=REST_BLOCKS * BLOCK_BYTES,
         kv_guarantee_bytes=ranks * GUARANTEE_BLOCKS * BLOCK_BYTES,
         weights_bytes=1,
+        host_buffer_bytes=host_blocks * BLOCK_BYTES,
         dtype="float32",
         max_num_seqs=8,
         max_num_batched_tokens=256,
@@ -76,6 +87,7 @@ class ModellessEngine:
         board, row: where its lease is; the row must have one.
         clock: moves on by STEP_S with each step.
         drivers: of the GPU of each rank; none for an engine on the host.
+        spec: as for one rank; each of ``ranks`` has as much.
     """
 
     def __init__(
@@ -91,13 +103,20 @@ class ModellessEngine:
         layout = "BLHNC" if drivers else "LBHNC"
         self.row = LeaseBoard.open(board).row(row)
         self.finished: set[str] = set()
+        self.tokens: defaultdict[str, list[int]] = defaultdict(list)
+        """What clients got, by request."""
+        self.prompts: dict[str, list[int]] = {}
+        self.gone: set[str] = set()
+        """Clients that go away while the workers run the next step."""
+        self._in_flight: deque[tuple[SchedulerOutput, list[WorkerOutput]]] = deque()
         config = build_vllm_config(spec, str(board), row)
         config.cache_config.kv_cache_layout = layout
         layer = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=64, dtype=torch.float32)
         [cache] = get_kv_cache_configs(config, [{f"layers.{i}": layer for i in range(LAYERS)}], [spec.kv_ceiling_bytes])
         cache.kv_cache_layout = layout
         config.cache_config.num_gpu_blocks = cache.num_blocks
-        self.scheduler = ElasticScheduler(
+        self._depth = config.max_concurrent_batches
+        self.scheduler = (ElasticAsyncScheduler if spec.async_scheduling else ElasticScheduler)(
             vllm_config=config,
             kv_cache_config=cache,
             structured_output_manager=StructuredOutputManager(config),
@@ -110,6 +129,11 @@ class ModellessEngine:
             patch.setattr(kv_memory, "HostVmm", self._make_vmm)
             devices = [CudaDevice(0, driver, torch.device("cpu")) for driver in drivers] or [None] * ranks
             self.ranks = [KvMemory(kv_geometry(cache), REST_BLOCKS * BLOCK_BYTES, device) for device in devices]
+        segments = self._make_segments(board, row, spec.host_buffer_bytes // BLOCK_BYTES)
+        self.workers = [
+            ModellessWorker(at, memory, BLOCK_TOKENS, HostCopies(segment, memory.blocks) if segment else None)
+            for at, (memory, segment) in enumerate(zip(self.ranks, segments, strict=True))
+        ]
         connector = self.scheduler.connector
         assert connector is not None
         connector.set_xfer_handshake_metadata_pp_aware({(0, at): _handshake(one) for at, one in enumerate(self.ranks)})
@@ -120,43 +144,62 @@ class ModellessEngine:
         self.vmms.append(FailingHostVmm(name, max_bytes))
         return self.vmms[-1]
 
+    def _make_segments(self, board: Path, row: int, slots: int) -> list[HostSegment | None]:
+        """The host buffer of each rank."""
+        if not slots:
+            return [None] * len(self.ranks)
+        paths = [host_segment_path(board, row, rank) for rank in range(len(self.ranks))]
+        return [HostSegment.create(path, BLOCK_BYTES, slots, b"f" * 32) for path in paths]
+
     def set_limit(self, blocks: int) -> None:
         """Play the agent: a new lease of so many blocks on every rank, with the next revision."""
         limit_bytes = blocks * BLOCK_BYTES * len(self.ranks)
         self.row.set(AgentWord.TARGET_BYTES, limit_bytes)
         self.row.set(AgentWord.LEASE, Lease(limit_bytes, self.row.lease.revision + 1).pack())
 
-    def ask(self, request_id: str, prompt: int, tokens: int) -> None:
-        """A request of ``prompt`` tokens of its own for ``tokens`` tokens."""
+    def ask(self, request_id: str, prompt: int, tokens: int, shared: int = 0) -> None:
+        """A request of ``prompt`` tokens for ``tokens`` tokens; all but its first ``shared`` are its own."""
         params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-        ids = [(hash(request_id) + i) % 127 for i in range(prompt)]
+        ids = _random_tokens("shared", shared) + _random_tokens(request_id, prompt - shared)
+        self.prompts[request_id] = ids
         self.scheduler.add_request(Request(request_id, ids, params, None, block_hasher=self._hasher))
 
     def step(self) -> None:
-        """One step of engine core and workers, as vLLM runs it."""
+        """One turn of engine core, as vLLM makes it: with asynchronous scheduling a step is scheduled before the output
+        of the one before it is looked at."""
         self.clock.now_s += STEP_S
-        if not self.scheduler.has_requests():
-            return
-        planned = self.scheduler.schedule()
-        moves = planned.kv_connector_metadata
-        assert isinstance(moves, KvMoves)
-        acks = [memory.apply(moves) for memory in self.ranks] if moves.sequence else []
-        output = KVConnectorOutput(kv_connector_worker_meta=KvAcks(acks, []))
-        answers = self.scheduler.update_from_output(planned, self._compute(planned, output))
-        for outputs in answers.values():
-            self.finished |= {one.request_id for one in outputs.outputs if one.finished}
+        if self.scheduler.has_requests():
+            planned = self.scheduler.schedule()
+            self._in_flight.append((planned, [worker.execute(planned) for worker in self.workers]))
+            more = planned.total_num_scheduled_tokens or self.scheduler.has_requests()
+            if len(self._in_flight) < self._depth and more:
+                return
+        if self._in_flight:
+            planned, outputs = self._in_flight.popleft()
+            self.scheduler.finish_requests(self.gone, RequestStatus.FINISHED_ABORTED)
+            self.gone.clear()
+            answers = self.scheduler.update_from_output(planned, _runner_output(outputs))
+            for answer in answers.values():
+                for one in answer.outputs:
+                    self.tokens[one.request_id] += one.new_token_ids
+                self.finished |= {one.request_id for one in answer.outputs if one.finished}
 
-    def _compute(self, planned: SchedulerOutput, output: KVConnectorOutput) -> ModelRunnerOutput:
-        """A token for each request whose prompt is computed."""
-        ids = list(planned.num_scheduled_tokens)
-        requests = [self.scheduler.requests[request_id] for request_id in ids]
-        tokens = [[7] if one.num_computed_tokens >= one.num_tokens else [] for one in requests]
-        return ModelRunnerOutput(
-            req_ids=ids,
-            req_id_to_index={request_id: at for at, request_id in enumerate(ids)},
-            sampled_token_ids=tokens,
-            kv_connector_output=output,
-        )
+    @property
+    def host(self) -> HostKv:
+        """Of an engine with a host buffer."""
+        host = self.scheduler._elastic_connector.host
+        assert host is not None
+        return host
+
+    @property
+    def resumptions(self) -> list[Resumption]:
+        return self.workers[0].resumptions
+
+    def check_tokens(self) -> None:
+        """Every request that has finished got the tokens of an engine that never loses or mixes up anything."""
+        for request_id in self.finished:
+            tokens = self.tokens[request_id]
+            assert tokens == expected_tokens(tuple(self.prompts[request_id]), len(tokens)), request_id
 
     def run(self, steps: int = 5000) -> None:
         """Steps until every request has finished; an AssertionError where ``steps`` do not suffice."""
@@ -185,6 +228,9 @@ class ModellessEngine:
 
     def close(self) -> None:
         self.scheduler.shutdown()
+        for worker in self.workers:
+            if worker.copies is not None:
+                worker.copies.close()
         for memory in self.ranks:
             memory.device.vmm.close()
 
@@ -194,6 +240,30 @@ class ModellessEngine:
         for memory in self.ranks:
             memory.check_conservation()
         assert self.held_bytes <= self.word(EngineWord.COMMITTED_BYTES)
+
+
+def _random_tokens(name: str, count: int) -> list[int]:
+    return random.Random(name).choices(range(VOCABULARY), k=count)
+
+
+def _runner_output(outputs: list[WorkerOutput]) -> ModelRunnerOutput:
+    """What vLLM makes of the outputs of all ranks: the tokens of the first, and what any connector has to say."""
+    connector = outputs[0].connector
+    acks = connector.kv_connector_worker_meta
+    for other in outputs[1:]:
+        assert isinstance(acks, KvAcks) and other.connector.kv_connector_worker_meta is not None
+        acks = acks.aggregate(other.connector.kv_connector_worker_meta)
+    ids = list(outputs[0].sampled)
+    return ModelRunnerOutput(
+        req_ids=ids,
+        req_id_to_index={request_id: at for at, request_id in enumerate(ids)},
+        sampled_token_ids=list(outputs[0].sampled.values()),
+        kv_connector_output=replace(
+            connector,
+            kv_connector_worker_meta=acks,
+            invalid_block_ids=set().union(*(output.connector.invalid_block_ids for output in outputs)),
+        ),
+    )
 
 
 def _handshake(memory: KvMemory) -> KvHandshake:

@@ -80,6 +80,17 @@ def test_it_switches_on_again_when_probes_show_that_it_pays() -> None:
     assert even.grant(Move.LOAD, 100, 2.0) == 0
 
 
+def test_a_block_that_is_hardly_filled_is_computed_again() -> None:
+    """It takes as long to move as a full one: where a full block takes a third of its prefill, one of ten tokens pays
+    from four tokens on. What is declined is counted; while a cost is unknown any block is as good to learn it."""
+    even = policy(None, 1 / 3, 1.0)
+    assert [even.grant(Move.LOAD, 1, 0.0, tokens) for tokens in range(1, 7)] == [0, 0, 0, 1, 1, 1]
+    seen = even.decisions[Move.LOAD]
+    assert (seen.moved, seen.probed, seen.declined) == (3, 0, 3)
+    assert policy(None, None, 1.0).grant(Move.LOAD, 1, 0.0, tokens=1) == 1
+    assert policy(None, 2.0, 1.0).grant(Move.LOAD, 2 * PROBE_BLOCKS, 0.0, tokens=9) == PROBE_BLOCKS
+
+
 def test_near_the_break_even_it_stays_as_it_is() -> None:
     """A ratio of 0.9 keeps a gate on that was on, and off that was off."""
     on, off = policy(None, 0.1, 1.0), policy(None, 2.0, 1.0)

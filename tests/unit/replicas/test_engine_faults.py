@@ -36,6 +36,7 @@ def run_checked(engine: ModellessEngine, steps: int = 3000) -> None:
     """Run to the end of all requests, checking all books after every step."""
     for _ in range(steps):
         if not engine.scheduler.has_unfinished_requests():
+            engine.check_tokens()
             return
         engine.step()
         engine.check()

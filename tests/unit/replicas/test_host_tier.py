@@ -20,6 +20,7 @@ from replicas.break_even import Move
 from replicas.host_copies import HostCopies
 from replicas.host_moves import HostReport
 from replicas.host_tier import HostTier
+from replicas.host_traffic import HostTraffic
 from replicas.kv_blocks import HostBlocks
 
 BLOCKS, SLOTS, TOKENS, WORDS = 9, 6, 16, 8
@@ -35,7 +36,9 @@ class World:
         self.now = 0.0
         self.damaged = 0
         block_bytes = WORDS * 8
-        self.tier = HostTier(self.pool, SLOTS, block_bytes, TOKENS, FINGERPRINT, ranks, clock=lambda: self.now)
+        self.traffic = HostTraffic(SLOTS, block_bytes, TOKENS, ranks, clock=lambda: self.now)
+        self.buffer = self.traffic.buffer
+        self.tier = HostTier(self.traffic, self.pool, TOKENS, FINGERPRINT)
         self.device = [np.zeros((1, BLOCKS, WORDS), np.uint64) for _ in range(ranks)]
         self.segments = [HostSegment.create(folder / f"{r}", block_bytes, SLOTS, FINGERPRINT) for r in range(ranks)]
         self.copies = [
@@ -43,9 +46,9 @@ class World:
             for segment, device in zip(self.segments, self.device, strict=True)
         ]
         for _ in range(3):
-            self.tier.break_even.observe_move(Move.STORE, block_bytes, 1e-6 if pays else 1.0)
-            self.tier.break_even.observe_move(Move.LOAD, block_bytes, 1e-6 if pays else 1.0)
-            self.tier.break_even.observe_prefill(TOKENS, 1e-3)
+            self.traffic.break_even.observe_move(Move.STORE, block_bytes, 1e-6 if pays else 1.0)
+            self.traffic.break_even.observe_move(Move.LOAD, block_bytes, 1e-6 if pays else 1.0)
+            self.traffic.break_even.observe_prefill(TOKENS, 1e-3)
 
     def run(self, name: str, blocks: int) -> int:
         """One request of so many full blocks and a token, from start to end in one step; returns its loaded blocks."""
@@ -73,13 +76,14 @@ class World:
 
     def work(self) -> None:
         """The step's copies on every rank, and their answers."""
-        work = self.tier.take()
+        self.tier.end_step()
+        work = self.traffic.take()
         for copies in self.copies:
             copies.store(work)
         for copies in self.copies:
             copies.load(work)
         reports = [copies.finish() for copies in self.copies]
-        self.tier.on_reports([report for report in reports if report is not None])
+        self.traffic.on_reports([report for report in reports if report is not None])
 
     def compute(self, table: list[KVCacheBlock], hashes: list[BlockHash], present: int, damaged: set[int]) -> None:
         """What is said to be on the device is there; the rest is computed now."""
@@ -107,8 +111,8 @@ def test_an_evicted_prefix_comes_back_by_loading(world: World) -> None:
     assert world.run("a", 4) == 0
     assert world.run("b", 8) == 0
     assert world.run("a", 4) == 4
-    assert world.tier.buffer.counts.stores >= 4
-    world.tier.buffer.check_conservation()
+    assert world.buffer.counts.stores >= 4
+    world.buffer.check_conservation()
 
 
 def test_what_is_still_on_the_device_is_not_loaded(world: World) -> None:
@@ -138,9 +142,35 @@ def test_a_damaged_block_is_computed_again(world: World) -> None:
         file.write(b"\xff" * WORDS)  # of the first slot
     assert world.run("a", 4) == 4
     assert world.damaged == 1
-    assert world.tier.buffer.counts.discarded == 1
-    world.tier.buffer.check_conservation()
-    assert world.tier.buffer.taken_slots == len(world.segments[0].scan()) - 1  # its bytes go with the next step
+    assert world.buffer.counts.discarded == 1
+    world.buffer.check_conservation()
+    assert world.buffer.taken_slots == len(world.segments[0].scan()) - 1  # its bytes go with the next step
+
+
+def test_a_resumed_request_finds_what_leaves_in_this_very_step(world: World) -> None:
+    """Blocks that vLLM has just handed out, or that lose their memory, are on their way to the host buffer: a request
+    that was preempted has them loaded from there, others do not rely on it."""
+    hashes = [BlockHash(f"a-{i}".encode().ljust(32)) for i in range(4)]
+    world.run("a", 4)
+    world.tier.watch(BLOCKS)
+    handed_out, unmapped = ([world.pool.get_cached_block(one, [0])[0] for one in hashes[at : at + 2]] for at in (0, 2))  # type: ignore[index]
+    for block in unmapped:
+        world.tier.evict(block)
+    world.pool.evict_blocks({block.block_id for block in handed_out + unmapped})
+    assert world.tier.match("new", hashes, 0, 4 * TOKENS + 1) == 0
+    assert world.tier.match("a", hashes, 0, 4 * TOKENS + 1, resumed=True) == 4 * TOKENS
+    world.tier.allocate("a", [5, 6, 7, 8], 4 * TOKENS)
+    world.work()
+    assert np.array_equal(world.device[0][:, 1:5], world.device[0][:, 5:9])
+
+
+def test_what_is_disbelieved_is_not_kept(world: World) -> None:
+    """Blocks that turn out wrong are found by nobody, and go nowhere, though they were watched."""
+    world.run("a", 4)
+    world.tier.watch(BLOCKS)
+    world.tier.disbelieve(range(1, 3))
+    assert world.run("a", 4) == 0
+    assert world.buffer.taken_slots == 0
 
 
 def test_a_block_counts_when_every_rank_has_stored_it(tmp_path: Path) -> None:
@@ -149,13 +179,14 @@ def test_a_block_counts_when_every_rank_has_stored_it(tmp_path: Path) -> None:
     world.run("a", 4)
     world.tier.watch(BLOCKS)
     world.pool.evict_blocks({1, 2, 3, 4})
-    work = world.tier.take()
+    world.tier.end_step()
+    work = world.traffic.take()
     stored = [copy.key for copy in work.store]
-    world.tier.on_reports([HostReport(work.sequence)])
-    assert world.tier.buffer.match_prefix(stored) == 0
-    world.tier.on_reports([HostReport(work.sequence, unstored=stored[1:])])
-    assert [world.tier.buffer.match_prefix([key]) for key in stored] == [1, 0, 0, 0]
-    world.tier.buffer.check_conservation()
+    world.traffic.on_reports([HostReport(work.sequence)])
+    assert world.buffer.match_prefix(stored) == 0
+    world.traffic.on_reports([HostReport(work.sequence, unstored=stored[1:])])
+    assert [world.buffer.match_prefix([key]) for key in stored] == [1, 0, 0, 0]
+    world.buffer.check_conservation()
     world.close()
 
 
@@ -164,8 +195,8 @@ def test_blocks_are_left_where_computing_is_cheaper(tmp_path: Path) -> None:
     world = World(tmp_path, pays=False)
     for name in "abcdef":
         world.run(name, 8)
-    assert world.tier.break_even.decisions[Move.STORE].declined > 20
-    assert world.tier.buffer.counts.stores <= 8
+    assert world.traffic.break_even.decisions[Move.STORE].declined > 20
+    assert world.buffer.counts.stores <= 8
     world.close()
 
 
@@ -174,6 +205,7 @@ def test_after_a_reset_nothing_is_loaded(world: World) -> None:
     world.run("a", 4)
     world.run("b", 8)
     world.tier.clear()
+    world.buffer.clear()
     assert world.run("a", 4) == 0
 
 
@@ -186,5 +218,5 @@ def test_whatever_is_loaded_is_what_was_stored(ranks: int, requests: list[tuple[
         for name, blocks in requests:
             world.run(name, blocks)
             world.now += 0.1
-            world.tier.buffer.check_conservation()
+            world.buffer.check_conservation()
         world.close()

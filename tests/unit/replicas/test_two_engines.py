@@ -57,6 +57,8 @@ class Device:
         """Steps of either engine, at random, until both have finished their requests."""
         for _ in range(steps):
             if not any(engine.scheduler.has_unfinished_requests() for engine in self.engines):
+                for engine in self.engines:
+                    engine.check_tokens()
                 return
             self.step(chance.choice(self.engines))
         raise AssertionError("requests are still unfinished")
