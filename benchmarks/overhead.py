@@ -28,6 +28,7 @@ import psutil
 from benchmarks.record import finish
 from cluster.default_model import get_default_model
 from memory_agent.lease_board import EngineWord
+from replicas.environment import environment
 from replicas.local_engine import LocalEngine, local_engine
 from replicas.spec import EngineSpec
 
@@ -221,7 +222,7 @@ async def burst_returned(engine: LocalEngine) -> dict[str, float]:
 
 
 async def measure(rounds: int, requests: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, environment({"VLLM_RPC_BASE_PATH": folder}):  # for its sockets
         board = Path(folder) / "board"
         async with (
             local_engine(spec(False), None, engines=2) as plain,
