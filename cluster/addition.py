@@ -4,6 +4,7 @@
     |<- still lent: budget - held ->|<- being started ->|<---- new: processes, weights ---->|<- more budget ->|
 
 The budget of the running engines stays theirs. It grows for the new model only where its size was left to the cluster.
+Beside all guarantees it has room for the start of any engine.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,17 @@ from dataclasses import dataclass
 from cluster.config import ClusterConfig, ModelConfig
 from cluster.device import HOST, Device
 from cluster.models import ModelFacts
-from cluster.sizing import GIB, EngineSizes, check_guarantee, down, engine_spec, gib, longest_request, mib
+from cluster.sizing import (
+    EngineSizes,
+    automatic_budget,
+    check_guarantee,
+    down,
+    engine_spec,
+    gib,
+    longest_request,
+    mib,
+    start_room,
+)
 from memory_agent.errors import SettingsError
 from memory_agent.lease_board import LIMIT_UNIT_BYTES
 from replicas.spec import EngineSpec
@@ -25,6 +36,7 @@ class Room:
         free_bytes: that the device can give now.
         pending_bytes: processes and weights of engines that are being started, and may not have taken them yet.
         held_bytes: of the budget, held by engines now; guaranteed_bytes: of the budget, promised to engines.
+        start_bytes: of the budget, what their starts need at most beside the guarantees.
         budget_bytes: that the running engines share; 0 where none is elastic.
     """
 
@@ -32,7 +44,14 @@ class Room:
     pending_bytes: int
     held_bytes: int
     guaranteed_bytes: int
+    start_bytes: int
     budget_bytes: int
+
+    def unpromised_bytes(self, engine: EngineSizes) -> int:
+        """Of the budget, what neither a guarantee nor a start needs where ``engine`` is there; below 0 where that is
+        missing."""
+        start = max(self.start_bytes, start_room([engine] if engine.model.elastic else []))
+        return self.budget_bytes - self.guaranteed_bytes - start
 
     @property
     def spare_bytes(self) -> int:
@@ -61,14 +80,14 @@ def plan_addition(
     fixed = model.replicas * engine.fixed_bytes
     promised = model.replicas * engine.guarantee_bytes if model.elastic else 0
     grows = config.memory.budget is None
-    missing = max(0, room.guaranteed_bytes + promised - room.budget_bytes) if grows else 0
-    if fixed + missing > room.spare_bytes:
+    missing = max(0, promised - room.unpromised_bytes(engine)) if model.elastic else 0
+    if fixed + (missing if grows else 0) > room.spare_bytes:
         raise SettingsError(_too_little(engine, room, grows))
-    if not grows and room.guaranteed_bytes + promised > room.budget_bytes:
+    if missing and not grows:
         raise SettingsError(_over_budget(engine, room))
     budget = room.budget_bytes
     if grows and model.elastic:
-        wanted = max(2 * (room.guaranteed_bytes + promised), GIB)
+        wanted = automatic_budget(room.guaranteed_bytes + promised, max(room.start_bytes, start_room([engine])))
         budget = max(budget, min(wanted, down(budget + room.spare_bytes - fixed, LIMIT_UNIT_BYTES)))
     spec = engine_spec(engine, budget, config.memory.rest)
     return Addition(spec, engine.guarantee_bytes if model.elastic else 0, budget)
@@ -77,7 +96,7 @@ def plan_addition(
 def _too_little(engine: EngineSizes, room: Room, grows: bool) -> str:
     model, spare = engine.model, max(0, room.spare_bytes)
     kv = engine.guarantee_bytes if model.elastic else 0
-    unpromised = max(0, room.budget_bytes - room.guaranteed_bytes)
+    unpromised = room.unpromised_bytes(engine)
     options = []
     if replicas := _most_replicas(engine, spare, unpromised, grows):
         options.append(f"set replicas to {replicas}")
@@ -93,7 +112,7 @@ def _too_little(engine: EngineSizes, room: Room, grows: bool) -> str:
     return (
         f"too little memory for {model.name}: {model.replicas} x {gib(engine.fixed_bytes + kv)} are needed, for "
         f"process, weights and one longest request; {gib(spare)} are free beside what the running models may take "
-        f"({gib(room.budget_bytes)} of budget, {gib(unpromised)} of it promised to none). {remedy}"
+        f"({gib(room.budget_bytes)} of budget, {gib(max(0, unpromised))} of it promised to none). {remedy}"
     )
 
 
@@ -101,15 +120,15 @@ def _most_replicas(engine: EngineSizes, spare: int, unpromised: int, grows: bool
     """Most replicas that fit, fewer than were asked for; 0 where none does."""
 
     def fits(replicas: int) -> bool:
-        promised = replicas * engine.guarantee_bytes if engine.model.elastic else 0
-        missing = max(0, promised - unpromised)
+        promised = replicas * engine.guarantee_bytes
+        missing = max(0, promised - unpromised) if engine.model.elastic else 0
         return replicas * engine.fixed_bytes + (missing if grows else 0) <= spare and (grows or missing == 0)
 
     return next((replicas for replicas in range(engine.model.replicas - 1, 0, -1) if fits(replicas)), 0)
 
 
 def _over_budget(engine: EngineSizes, room: Room) -> str:
-    model, unpromised = engine.model, max(0, room.budget_bytes - room.guaranteed_bytes)
+    model, unpromised = engine.model, room.unpromised_bytes(engine)
     options = []
     if replicas := _most_replicas(engine, max(0, room.spare_bytes), unpromised, grows=False):
         options.append(f"set replicas to {replicas}")
@@ -117,7 +136,8 @@ def _over_budget(engine: EngineSizes, room: Room) -> str:
         options.append(f"set max_model_len to at most {tokens}")
     options.append("lower the guarantee of another model, or remove it")
     return (
-        f"memory.budget is {mib(room.budget_bytes)}, of which {mib(room.guaranteed_bytes)} are promised; "
+        f"memory.budget is {mib(room.budget_bytes)}, of which {mib(room.guaranteed_bytes)} are promised, and the start "
+        f"of an engine needs {mib(room.budget_bytes - room.guaranteed_bytes - unpromised)}; "
         f"{model.replicas} x {mib(engine.guarantee_bytes)} for {model.name} do not fit into the rest. "
         f"What would fit: {'; or '.join(options)}."
     )

@@ -139,8 +139,9 @@ class ClusterView:
         return PressureView(self._revision, engines)
 
     def snapshot(self, now_s: float) -> dict[str, Any]:
-        """Everything known, JSON-ready. Sizes are bytes; ``memory`` has one key an owner, and its KV keys sum to the
-        budget unless more is held than the budget allows (it was lowered a moment ago)."""
+        """Everything known, JSON-ready. Sizes are bytes; ``memory`` has one key an owner, and its keys but weights and
+        host buffer sum to the budget, unless more is held than the budget allows (it was lowered a moment ago) or
+        weights take of it what is not set aside for them."""
         nodes: dict[str, list[dict[str, Any]]] = {}
         for received in self._fresh(now_s):
             nodes.setdefault(received.report.node, []).append(self._device_json(received, now_s))
@@ -201,6 +202,8 @@ class ClusterView:
         used = sum(engine.used_bytes for engine in report.engines)
         held = report.held_bytes_os
         activations = sum(engine.activation_held_bytes for engine in report.engines)
+        starts = sum(engine.start_bytes for engine in report.engines if not engine.waits_to_start)
+        taken = max(held, used) + activations + starts + report.weights_over_bytes
         replicas: list[dict[str, Any]] = list(report.to_json()["engines"])
         for replica in replicas:
             replica["target"] = _target_json(self._targets.get(replica["engine_id"]))
@@ -216,7 +219,8 @@ class ClusterView:
                 "kv_used_bytes": used,
                 "kv_cached_bytes": max(0, held - used),
                 "activation_bytes": activations,
-                "free_bytes": max(0, report.budget_bytes - max(held, used) - activations),
+                "start_bytes": starts,
+                "free_bytes": max(0, report.budget_bytes - taken),
                 "host_buffer_bytes": sum(engine.host_bytes for engine in report.engines),
             },
             "running": sum(engine.running for engine in report.engines),

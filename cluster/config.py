@@ -145,8 +145,9 @@ class MemoryConfig(_Section):
     """The KV memory of one device: of this host, or of one GPU where vLLM's GPU build is installed."""
 
     budget: Size = None
-    """KV bytes that all engines of the device share, with activations if these are charged. auto: twice what one
-    longest request of each needs, at least 1GiB, if free; on a GPU all that is free."""
+    """KV bytes that all engines of the device share, with activations if these are charged; an engine that starts takes
+    what loading holds for a while from it too. auto: twice what one longest request of each needs, at least 1GiB, if
+    free; on a GPU all that is free."""
     activations: bool = False
     """true: activations count against the budget too. A step computes as many tokens as their activations fit, and
     where the budget is tight gives their memory back at once. Experimental."""

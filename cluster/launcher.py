@@ -204,7 +204,7 @@ class LocalCluster:
         registry = ensure_registry(RegistrySpec(footprint.cluster_id, self.device.name, self.config), models)
         waiting = [ensure_controller(self.config.controller).snapshot.remote()]
         if sizing.budget_bytes:
-            agent_spec = AgentSpec(footprint.cluster_id, self.device.name, sizing.budget_bytes)
+            agent_spec = AgentSpec(footprint.cluster_id, self.device.name, sizing.budget_bytes, sizing.weights_bytes)
             waiting.append(ensure_agent(agent_spec).describe.remote())
         ray.get(waiting, timeout=_CONTROL_TIMEOUT_S)
         return registry

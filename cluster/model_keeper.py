@@ -28,7 +28,7 @@ from cluster.model_set import (
 )
 from cluster.model_story import ModelStory
 from cluster.models import ModelFacts, read_facts, resolve_source
-from cluster.sizing import GIB, MIB
+from cluster.sizing import GIB, MIB, mib
 from memory_agent.errors import SettingsError
 from memory_agent.reports import DeviceReport, EngineReport
 
@@ -48,8 +48,8 @@ class Fleet(Protocol):
     async def apps(self) -> Mapping[str, AppState]:
         """Ray Serve's applications, by model."""
 
-    async def deploy(self, entry: ModelEntry, engines: int, budget_bytes: int) -> None:
-        """Start the replicas of a model, of ``engines`` in all on this host; does not wait for them."""
+    async def deploy(self, entry: ModelEntry, models: ModelSet) -> None:
+        """Start the replicas of one of ``models``; does not wait for them."""
 
     async def delete(self, name: str) -> None:
         """End the replicas of a model; does not wait for them."""
@@ -57,8 +57,9 @@ class Fleet(Protocol):
     async def ingresses(self) -> list[IngressState]:
         """The state of every ingress process; none where one of them does not answer."""
 
-    async def device(self, budget_bytes: int) -> DeviceReport:
-        """The device's report, its budget brought to ``budget_bytes``, its agent started where there was none."""
+    async def device(self, models: ModelSet) -> DeviceReport:
+        """The device's report, its budget and its room for weights brought to those of ``models``, its agent started
+        where there was none."""
 
     async def set_limits(self, engine_id: str, limits: Limits) -> None:
         """Raises SettingsError where they do not fit beside the other engines' now."""
@@ -170,7 +171,7 @@ class ModelKeeper:
         """Look at the cluster, and take the next step of every model. What is away is looked at again next time."""
         try:
             if self.models.budget_bytes:
-                self._report = await self._fleet.device(self.models.budget_bytes)
+                self._report = await self._fleet.device(self.models)
             apps = await self._fleet.apps()
             ingresses = await self._fleet.ingresses() if self.under_way else []
             for entry in self.models.entries:
@@ -186,7 +187,7 @@ class ModelKeeper:
             logger.error("model %s failed to start: %s", entry.name, step.failure)
             self._story(entry.name).fail(step.failure)
         if step.action is Action.DEPLOY:
-            await self._fleet.deploy(entry, self.models.replicas, self.models.budget_bytes)
+            await self._fleet.deploy(entry, self.models)
         elif step.action is Action.DELETE:
             await self._fleet.delete(entry.name)
         if step.phase is entry.phase or entry not in self.models.entries:
@@ -209,7 +210,8 @@ class ModelKeeper:
         elif entry.phase is ModelPhase.LEAVING:
             story.say("replicas", "ending")
         elif app is not None:
-            story.say("replicas", app.progress)
+            waits = [engine.start_bytes for engine in self._engines_of(entry) if engine.waits_to_start]
+            story.say("replicas", "; ".join([app.progress, *(f"a start waits for {mib(one)}" for one in waits)]))
             if app.running:
                 story.say("ready", "waiting for the API")
 
@@ -251,13 +253,14 @@ class ModelKeeper:
 
     async def _size(self, config: ModelConfig, facts: ModelFacts, story: ModelStory) -> None:
         models = self.models
-        report = await self._fleet.device(models.budget_bytes) if models.budget_bytes else None
+        report = await self._fleet.device(models) if models.budget_bytes else None
         activations = sum(engine.activation_held_bytes for engine in report.engines) if report else 0
         room = Room(
             free_bytes=self._fleet.free_bytes(),
             pending_bytes=sum(entry.fixed_bytes(self._device) for entry in models.entries if entry.phase in _UNDER_WAY),
             held_bytes=report.held_bytes_os + activations if report else 0,
             guaranteed_bytes=models.promised_bytes,
+            start_bytes=models.start_bytes,
             budget_bytes=models.budget_bytes,
         )
         addition = plan_addition(self._config, config, facts, room, self._device)

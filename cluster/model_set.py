@@ -84,11 +84,12 @@ class ModelEntry:
         return self.config.replicas * self.limits_now.guarantee_bytes if self.spec.elastic else 0
 
     def fixed_bytes(self, device: Device) -> int:
-        """Processes and weights of all its replicas on the device, and KV memory that is not elastic."""
+        """Processes and weights of all its replicas on the device; and KV memory and starts where these are not
+        elastic."""
         spec = self.spec
         if spec.paced_tokens_per_s is not None:
             return self.config.replicas * PACED_BYTES
-        static = 0 if spec.elastic else spec.kv_ceiling_bytes
+        static = 0 if spec.elastic else spec.kv_ceiling_bytes + spec.spike_bytes
         reserve = device.step_reserve_bytes(
             spec.max_num_batched_tokens, spec.token_bytes, spec.max_num_seqs, spec.row_bytes
         )
@@ -116,6 +117,17 @@ class ModelSet:
     @property
     def promised_bytes(self) -> int:
         return sum(entry.promised_bytes for entry in self.entries)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of all elastic replicas, beside the budget."""
+        return sum(entry.config.replicas * entry.spec.weights_bytes for entry in self.entries if entry.spec.elastic)
+
+    @property
+    def start_bytes(self) -> int:
+        """Of the budget, what the guarantees leave to starts, so that each engine can start when all others have
+        theirs."""
+        return max((entry.spec.spike_bytes for entry in self.entries if entry.spec.elastic), default=0)
 
     @property
     def replicas(self) -> int:
@@ -171,7 +183,8 @@ class ModelSet:
         """With other limits for each replica of a model. Raises UnknownModelError, and SettingsError for limits that
         cannot hold: with the numbers that can."""
         entry = self.get(name)
-        _check_limits(entry, limits, self.budget_bytes, self.promised_bytes - entry.promised_bytes)
+        others_bytes = self.promised_bytes - entry.promised_bytes
+        _check_limits(entry, limits, self.budget_bytes, others_bytes, self.start_bytes)
         return self._with(replace(entry, limits=limits))
 
     def unlimited(self, name: str) -> "ModelSet":
@@ -214,8 +227,8 @@ def _entry(tree: dict[str, Any]) -> ModelEntry:
     return ModelEntry(config, spec, limits, ModelPhase(tree["phase"]))
 
 
-def _check_limits(entry: ModelEntry, limits: Limits, budget_bytes: int, others_bytes: int) -> None:
-    """others_bytes: what is promised to other models."""
+def _check_limits(entry: ModelEntry, limits: Limits, budget_bytes: int, others_bytes: int, start_bytes: int) -> None:
+    """others_bytes: what is promised to other models; start_bytes: what has to be left to the start of an engine."""
     name, spec, replicas = entry.name, entry.spec, entry.config.replicas
     guarantee, ceiling = limits.guarantee_bytes, limits.ceiling_bytes
     if not spec.elastic:
@@ -243,10 +256,11 @@ def _check_limits(entry: ModelEntry, limits: Limits, budget_bytes: int, others_b
             f"a guarantee of {mib(guarantee)} is above its ceiling of {_floor(ceiling)}; lower one or raise the other",
         ),
         (
-            replicas * guarantee + others_bytes > budget_bytes,
+            replicas * guarantee + others_bytes + start_bytes > budget_bytes,
             f"a guarantee of {mib(guarantee)} for each of its {replicas} replicas does not fit: of the "
-            f"{_floor(budget_bytes)} that all models share, {mib(others_bytes)} are promised to others; at most "
-            f"{_floor((budget_bytes - others_bytes) // replicas)} fit",
+            f"{_floor(budget_bytes)} that all models share, {mib(others_bytes)} are promised to others, and the start "
+            f"of an engine needs {mib(start_bytes)}; at most "
+            f"{_floor((budget_bytes - others_bytes - start_bytes) // replicas)} fit",
         ),
     )
     for wrong, why in problems:

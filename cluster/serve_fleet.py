@@ -17,7 +17,7 @@ from cluster.device import device_named
 from cluster.launch_error import root_cause
 from cluster.model_keeper import FleetAwayError
 from cluster.model_plan import AppState, IngressState
-from cluster.model_set import Limits, ModelEntry
+from cluster.model_set import Limits, ModelEntry, ModelSet
 from memory_agent.agent import AgentSpec, ensure_agent
 from memory_agent.errors import SettingsError
 from memory_agent.reports import DeviceReport
@@ -49,10 +49,10 @@ class ServeFleet:
             if name.startswith(MODEL_APPS)
         }
 
-    async def deploy(self, entry: ModelEntry, engines: int, budget_bytes: int) -> None:
+    async def deploy(self, entry: ModelEntry, models: ModelSet) -> None:
         # Where no model is elastic there is no budget, and no agent's specification either.
-        agent_spec = self._agent_spec(budget_bytes) if entry.spec.elastic else None
-        app = build_model_app(entry.spec, entry.config, engines, agent_spec)
+        agent_spec = self._agent_spec(models) if entry.spec.elastic else None
+        app = build_model_app(entry.spec, entry.config, models.replicas, agent_spec)
         target = serve.RunTarget(app, name=model_app_name(entry.name), route_prefix=None)
         await _in_thread(lambda: serve.run_many([target], wait_for_applications_running=False))
 
@@ -73,12 +73,13 @@ class ServeFleet:
         states = [answer for answer in answers if isinstance(answer, IngressState)]
         return states if len(states) == len(answers) else []
 
-    async def device(self, budget_bytes: int) -> DeviceReport:
+    async def device(self, models: ModelSet) -> DeviceReport:
+        wanted = self._agent_spec(models)
         if self._agent is None:
-            self._agent = await _in_thread(lambda: ensure_agent(self._agent_spec(budget_bytes)))
+            self._agent = await _in_thread(lambda: ensure_agent(wanted))
         report: DeviceReport = await self._ask(self._agent.report.remote())
-        if report.budget_bytes != budget_bytes:
-            await self._ask(self._agent.set_budget.remote(budget_bytes))
+        if (report.budget_bytes, report.weights_bytes) != (wanted.budget_bytes, wanted.weights_bytes):
+            await self._ask(self._agent.set_budget.remote(wanted.budget_bytes, wanted.weights_bytes))
         return report
 
     async def set_limits(self, engine_id: str, limits: Limits) -> None:
@@ -93,8 +94,8 @@ class ServeFleet:
         except (FleetAwayError, TimeoutError) as error:  # it goes on, or is asked for again
             logger.info("deleting %s: %s", name, error)
 
-    def _agent_spec(self, budget_bytes: int) -> AgentSpec:
-        return AgentSpec(cluster_id=self._cluster_id, device=self._device, budget_bytes=budget_bytes)
+    def _agent_spec(self, models: ModelSet) -> AgentSpec:
+        return AgentSpec(self._cluster_id, self._device, models.budget_bytes, models.weights_bytes)
 
     async def _ask(self, answer: Awaitable[T]) -> T:
         try:

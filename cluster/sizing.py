@@ -3,12 +3,13 @@
     free memory of the device: the host, or a GPU, on which base is nothing
     |<- base ->|<---- each replica: process + weights (+ static KV) ---->|<------------- room ------------->|
                                                                          |<-------- budget ------->|
-                                                                         |<- guarantees ->|  lent  |
+                                                                         |<- guarantees ->|<start>|  lent  |
     one engine's KV:  rest <= guarantee <= ceiling <= budget
 
 ``guarantee`` is at least one longest request: ``max_model_len`` in whole KV blocks, one block more because a request's
 last block is prepared ahead, and vLLM's null block; and where activations are charged, those of the smallest step. What
-is above the guarantees goes to whoever needs it.
+is above the guarantees goes to whoever needs it; from it comes ``start`` too, what an engine holds for a while when it
+is loaded.
 """
 
 import math
@@ -39,6 +40,7 @@ class Sizing:
         guarantees_bytes: what each replica of these can always get, likewise; 0 for one that is not elastic.
         budget_bytes: bytes of KV memory, and of activations where they are charged, that all elastic engines of the
             device share.
+        weights_bytes: of all elastic engines, beside the budget.
         needed_bytes: memory of the device that the whole cluster can come to hold; at most the free memory it was
             computed from.
     """
@@ -46,6 +48,7 @@ class Sizing:
     specs: tuple[EngineSpec, ...]
     guarantees_bytes: tuple[int, ...]
     budget_bytes: int
+    weights_bytes: int
     needed_bytes: int
 
 
@@ -54,8 +57,10 @@ class EngineSizes:
     """One model's sizes before the budget is known; every replica of it has the same.
 
     least_bytes: the smallest guarantee that is possible; guarantee_bytes: the one that was chosen, or that.
+    spike_bytes: what its start holds for a while beside weights and KV memory.
     static_bytes: KV bytes of one replica that is not elastic, held all the time; fixed_bytes: these, weights, process,
-    and on a host its host buffer; of a paced one, which has none of these, the process.
+    and on a host its host buffer, and the spike where no lease holds it; of a paced one, which has none of these, the
+    process.
     """
 
     model: ModelConfig
@@ -115,6 +120,12 @@ class EngineSizes:
         return max(self.least_bytes, -down(-(self.model.guarantee or 0), LIMIT_UNIT_BYTES))
 
     @property
+    def spike_bytes(self) -> int:
+        """Held for a while at the start, beside weights and KV memory. On a GPU weights are not packed, and the reserve
+        for its largest step is there already."""
+        return 0 if self.device.is_gpu else -down(-self.facts.weights_bytes // 2, LIMIT_UNIT_BYTES)
+
+    @property
     def static_bytes(self) -> int:
         """KV bytes held all the time by one replica that is not elastic."""
         return 0 if self.model.elastic else self.model.kv_ceiling or 2 * self.longest_bytes
@@ -139,7 +150,8 @@ class EngineSizes:
         if self.model.paced_tokens_per_s is not None:
             return PACED_BYTES
         buffer = 0 if self.device.is_gpu else self.host_buffer_bytes
-        return self.process_bytes + self.facts.weights_bytes + self.static_bytes + buffer
+        spike = 0 if self.model.elastic else self.spike_bytes
+        return self.process_bytes + self.facts.weights_bytes + self.static_bytes + spike + buffer
 
 
 def plan_sizes(config: ClusterConfig, facts: Sequence[ModelFacts], free_bytes: int, device: Device = HOST) -> Sizing:
@@ -155,33 +167,47 @@ def plan_sizes(config: ClusterConfig, facts: Sequence[ModelFacts], free_bytes: i
         check_guarantee(engine)
     fixed = device.base_bytes + sum(e.model.replicas * e.fixed_bytes for e in engines)
     elastic = [e for e in engines if e.model.elastic]
-    guarantees = sum(e.model.replicas * e.guarantee_bytes for e in elastic)
+    least = sum(e.model.replicas * e.guarantee_bytes for e in elastic) + start_room(elastic)
     room = free_bytes - fixed
-    if room < guarantees:
+    if room < least:
         raise SettingsError(
-            f"too little memory: {gib(fixed + guarantees)} are needed ({_parts(engines)}), {gib(free_bytes)} are "
+            f"too little memory: {gib(fixed + least)} are needed ({_parts(engines)}), {gib(free_bytes)} are "
             "free. " + _what_fits(engines, free_bytes, device)
         )
-    budget = _budget(config, elastic, guarantees, room, device)
+    budget = _budget(config, elastic, room, device)
     specs = tuple(engine_spec(engine, budget, config.memory.rest) for engine in engines)
     promised = tuple(engine.guarantee_bytes if engine.model.elastic else 0 for engine in engines)
-    return Sizing(specs=specs, guarantees_bytes=promised, budget_bytes=budget, needed_bytes=fixed + budget)
+    weights = sum(e.model.replicas * e.facts.weights_bytes for e in elastic)
+    return Sizing(specs, promised, budget, weights, needed_bytes=fixed + budget)
 
 
-def _budget(config: ClusterConfig, elastic: Sequence[EngineSizes], guarantees: int, room: int, device: Device) -> int:
-    wanted = config.memory.budget
+def start_room(elastic: Sequence[EngineSizes]) -> int:
+    """Of the budget, what the guarantees leave to starts, so that each engine can start when all others have theirs:
+    one after the other, where no more is there."""
+    return max((e.spike_bytes for e in elastic), default=0)
+
+
+def automatic_budget(guarantees: int, start: int) -> int:
+    """The budget that is wished for where its size is left to the cluster."""
+    return max(2 * guarantees, guarantees + start, GIB)
+
+
+def _budget(config: ClusterConfig, elastic: Sequence[EngineSizes], room: int, device: Device) -> int:
+    wanted, start = config.memory.budget, start_room(elastic)
+    guarantees = sum(e.model.replicas * e.guarantee_bytes for e in elastic)
     if not elastic:
         return 0
     if wanted is None and device.is_gpu:
         return down(room, LIMIT_UNIT_BYTES)
     if wanted is None:
-        return down(min(max(2 * guarantees, GIB), room), LIMIT_UNIT_BYTES)
-    if wanted < guarantees:
-        tokens = longest_request(elastic, wanted)
+        return down(min(automatic_budget(guarantees, start), room), LIMIT_UNIT_BYTES)
+    if wanted < guarantees + start:
+        tokens = longest_request(elastic, wanted - start)
         remedy = f"max_model_len of {tokens} fits" if tokens > 0 else "fewer replicas or lower guarantees are needed"
         raise SettingsError(
             f"memory.budget is {mib(wanted)}, but the guarantees of all replicas, one longest request where none is "
-            f"set, need {mib(guarantees)}: raise it to {mib(guarantees)}; or with this budget, {remedy}"
+            f"set, need {mib(guarantees)}, and the start of one {mib(start)}: raise it to {mib(guarantees + start)}; "
+            f"or with this budget, {remedy}"
         )
     if wanted > room:
         raise SettingsError(
@@ -203,6 +229,7 @@ def engine_spec(engine: EngineSizes, budget: int, wanted_rest: int | None) -> En
         kv_rest_bytes=rest,
         kv_guarantee_bytes=engine.longest_bytes,
         weights_bytes=facts.weights_bytes,
+        spike_bytes=engine.spike_bytes,
         weight=model.weight,
         charge_activations=engine.memory.activations,
         host_buffer_bytes=engine.host_buffer_bytes,
@@ -291,16 +318,16 @@ def _what_fits(engines: Sequence[EngineSizes], free_bytes: int, device: Device) 
     """The largest change of one setting that would fit, in words."""
     options = []
     each = sum(e.fixed_bytes + (e.guarantee_bytes if e.model.elastic else 0) for e in engines)
-    replicas = (free_bytes - device.base_bytes) // each
+    elastic = [e for e in engines if e.model.elastic]
+    once = device.base_bytes + start_room(elastic)
+    replicas = (free_bytes - once) // each
     if replicas >= 1:
         options.append(f"set replicas to {replicas}" + (" for every model" if len(engines) > 1 else ""))
-    elastic = [e for e in engines if e.model.elastic]
-    room = free_bytes - device.base_bytes - sum(e.model.replicas * e.fixed_bytes for e in engines)
-    tokens = longest_request(elastic, room)
+    tokens = longest_request(elastic, free_bytes - once - sum(e.model.replicas * e.fixed_bytes for e in engines))
     if tokens > 0:
         options.append(f"set max_model_len to at most {tokens}")
     if not options:
-        least = gib(device.base_bytes + each)
+        least = gib(once + each)
         return f"Not even one replica of each model fits ({least}): free memory, or serve a smaller model."
     return f"What would fit: {', or '.join(options)}."
 
@@ -317,16 +344,18 @@ def longest_request(elastic: Sequence[EngineSizes], kv_bytes: int) -> int:
 
 
 def _parts(engines: Sequence[EngineSizes]) -> str:
-    base = engines[0].device.base_bytes
+    base, start = engines[0].device.base_bytes, start_room([e for e in engines if e.model.elastic])
     parts = [f"{gib(base)} for Ray and the API"] if base else []
+    parts += [f"{gib(start)} for a start"] if start else []
     for e in engines:
         if e.model.paced_tokens_per_s is not None:
             parts.append(f"{e.model.replicas} x {gib(PACED_BYTES)} for {e.model.name}, which runs no engine")
             continue
         kv = e.guarantee_bytes if e.model.elastic else e.static_bytes
+        process = e.fixed_bytes - e.facts.weights_bytes - e.static_bytes
         parts.append(
-            f"{e.model.replicas} x {gib(e.process_bytes + e.facts.weights_bytes + kv)} for {e.model.name}: process "
-            f"{gib(e.process_bytes)}, weights {gib(e.facts.weights_bytes)}, KV of {e.facts.max_model_len} tokens "
+            f"{e.model.replicas} x {gib(process + e.facts.weights_bytes + kv)} for {e.model.name}: process "
+            f"{gib(process)}, weights {gib(e.facts.weights_bytes)}, KV of {e.facts.max_model_len} tokens "
             f"{gib(kv)}"
         )
     return "; ".join(parts)

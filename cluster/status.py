@@ -23,6 +23,7 @@ def render_status(snapshot: dict[str, Any]) -> RenderableType:
     if devices:
         parts.append(_device_table(devices))
         parts.append(_replica_table(devices))
+        parts.extend(_waiting_lines(devices))
     else:
         parts.append(Text("no memory agent has reported within 3 s", style="yellow"))
     for absent in snapshot["absent_devices"]:
@@ -77,9 +78,9 @@ def _headline(snapshot: dict[str, Any], devices: list[dict[str, Any]]) -> Text:
 
 
 def _device_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
-    owners = ("used", "cached", "act", "free", "budget", "weight", "buffer")
+    owners = ("used", "cached", "act", "start", "free", "budget", "weight", "buffer")
     table = _table(
-        "\nDevices: KV memory used and cached, activations, free of the budget; weights, host buffer",
+        "\nDevices: KV memory used and cached, activations, starts, free of the budget; weights, host buffer",
         ("node", "device", "pressure"),
     )
     for column in (*owners, "age"):
@@ -90,6 +91,7 @@ def _device_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
             memory["kv_used_bytes"],
             memory["kv_cached_bytes"],
             memory["activation_bytes"],
+            memory["start_bytes"],
             memory["free_bytes"],
             device["budget_bytes"],
             memory["weights_bytes"],
@@ -116,8 +118,8 @@ def _replica_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
     for _, device in devices:
         for one in device["replicas"]:
             table.add_row(
-                one["engine_id"].rpartition("#")[2],
-                _level(one["pressure"]) if one["state"] == "LIVE" else Text(one["state"], style="yellow"),
+                _replica_name(one),
+                _status(one),
                 one["model"],
                 *(format_bytes(one[size]) for size in _REPLICA_SIZES),
                 f"{one['kv_usage']:.0%}",
@@ -127,11 +129,38 @@ def _replica_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
     return table
 
 
+def _waiting_lines(devices: Iterable[tuple[str, dict[str, Any]]]) -> list[Text]:
+    return [
+        Text(
+            f"{_replica_name(one)} waits to start: it takes {format_bytes(one['start_bytes'])} of the budget, and has "
+            f"{format_bytes(one['limit_bytes'])}; others have to give back, or to finish their start",
+            style="yellow",
+        )
+        for _, device in devices
+        for one in device["replicas"]
+        if _waits(one)
+    ]
+
+
 def _table(title: str, text: Iterable[str]) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for column in text:
         table.add_column(column, no_wrap=True)
     return table
+
+
+def _waits(replica: dict[str, Any]) -> bool:
+    return bool(replica["limit_bytes"] < replica["start_bytes"])
+
+
+def _status(replica: dict[str, Any]) -> Text:
+    if replica["state"] == "LIVE":
+        return _level(replica["pressure"])
+    return Text("WAITING" if _waits(replica) else replica["state"], style="yellow")
+
+
+def _replica_name(replica: dict[str, Any]) -> str:
+    return str(replica["engine_id"].rpartition("#")[2])
 
 
 def _level(level: str) -> Text:

@@ -27,7 +27,7 @@ from memory_agent.tenant import EngineTerms
 _TICK_S = 0.05
 _REPORT_EVERY_S = 0.25
 _GRANT_TIMEOUT_S = 10.0
-"""How long ``register`` waits for other engines to give back the new one's guarantee."""
+"""How long ``register`` waits for other engines to give back what the new one is sure to get."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,13 @@ class AgentSpec:
     Attributes:
         cluster_id: tells the boards of clusters on one host apart; device: for example ``cpu`` or ``gpu0``.
         budget_bytes: KV bytes that the engines of the device share, until ``set_budget`` says otherwise.
+        weights_bytes: likewise, set aside for their weights beside the budget.
     """
 
     cluster_id: str
     device: str
     budget_bytes: int
+    weights_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name in (self.cluster_id, self.device):
@@ -85,7 +87,7 @@ class MemoryAgent:
 
     async def __init__(self, spec: AgentSpec, node_id: str) -> None:  # type: ignore[misc]  # Ray awaits it
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-        self._keeper = LeaseKeeper(board_path(spec), spec.budget_bytes)
+        self._keeper = LeaseKeeper(board_path(spec), spec.budget_bytes, spec.weights_bytes)
         self._reporter = DeviceReporter(node_id, spec.device, os.getpid(), time.time_ns())
         self._link = ControllerLink()
         self._tasks = [asyncio.create_task(self._keep()), asyncio.create_task(self._link.run())]
@@ -101,21 +103,24 @@ class MemoryAgent:
         weights_bytes: int,
         registrar_pid: int,
         weight: float = 1.0,
+        start_bytes: int = 0,
     ) -> Registration:
-        """Give the engine a row, and wait until its limit has reached its guarantee, at most ten seconds.
+        """Give the engine a row, and wait until its limit has reached its guarantee and its start, at most ten seconds.
 
         The engine reads its limit from the row and commits no byte beyond it; where another engine does not give back
-        in time (a stopped process holds its bytes), the limit reaches the guarantee later, and the engine must not be
-        started before the limit holds what it maps at its start. The same engine_id again
-        returns the row it has. Raises SettingsError, with the numbers that would fit.
+        in time (a stopped process holds its bytes), or another start goes first, the limit gets there later. The
+        engine's processes must not be started before it holds ``start_bytes``. The same engine_id again returns the row
+        it has. Raises SettingsError, with the numbers that would fit.
         """
-        terms = EngineTerms(engine_id, model, guarantee_bytes, ceiling_bytes, weights_bytes, registrar_pid, weight)
+        terms = EngineTerms(
+            engine_id, model, guarantee_bytes, ceiling_bytes, weights_bytes, registrar_pid, weight, start_bytes
+        )
         row = self._keeper.register(terms)
-        deadline_s = time.monotonic() + _GRANT_TIMEOUT_S
-        while row.lease.limit_bytes < guarantee_bytes and row.engine_id == engine_id:
+        least_bytes, deadline_s = max(guarantee_bytes, start_bytes), time.monotonic() + _GRANT_TIMEOUT_S
+        while row.lease.limit_bytes < least_bytes and row.engine_id == engine_id:
             if time.monotonic() > deadline_s:
                 limit_bytes = row.lease.limit_bytes
-                logger.warning("engine %s starts at %d of its %d bytes", engine_id, limit_bytes, guarantee_bytes)
+                logger.warning("engine %s has %d of the %d bytes it was to get", engine_id, limit_bytes, least_bytes)
                 break
             await asyncio.sleep(_TICK_S)
         return Registration(str(self._keeper.board.path), row.index)
@@ -128,9 +133,10 @@ class MemoryAgent:
         """The device now."""
         return self._reporter.sample(self._keeper, time.time())
 
-    async def set_budget(self, budget_bytes: int) -> None:
-        """KV bytes the engines share from now on, kept across restarts. Raises SettingsError below the guarantees."""
-        self._keeper.set_budget(budget_bytes)
+    async def set_budget(self, budget_bytes: int, weights_bytes: int | None = None) -> None:
+        """KV bytes the engines share from now on, and those set aside for their weights where these change, kept across
+        restarts. Raises SettingsError below what the engines are sure to get."""
+        self._keeper.set_budget(budget_bytes, weights_bytes)
 
     async def set_limits(self, engine_id: str, guarantee_bytes: int, ceiling_bytes: int) -> None:
         """What one engine can always get and may hold at most. Raises SettingsError for an unknown engine, a ceiling
@@ -144,6 +150,7 @@ class MemoryAgent:
             "pid": os.getpid(),
             "board_path": str(board.path),
             "budget_bytes": board.budget_bytes,
+            "weights_bytes": board.weights_bytes,
             "engines": [tenant.engine_id for tenant in self._keeper.tenants],
         }
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from memory_agent.errors import BoardError
 
 MAGIC = 0x454C4C4D_424F4152  # "ELLMBOAR"
-VERSION = 4
+VERSION = 5
 LIMIT_UNIT_BYTES = 64 * 1024
 MAX_ROWS = 32
 MAX_WORKERS = 8
@@ -44,7 +44,8 @@ class RowState(IntEnum):
 
     FREE = 0
     STARTING = 1
-    """Registered; the engine's processes are not on the board yet."""
+    """Registered; the engine's processes are not on the board yet, nor are they started before the limit has reached
+    START_BYTES."""
     LIVE = 2
     LEAVING = 3
     """Unregistered, or its scheduler process has exited, while one of its processes may still hold memory."""
@@ -60,7 +61,9 @@ class AgentWord(IntEnum):
     GUARANTEE_BYTES = 3
     CEILING_BYTES = 4
     WEIGHTS_BYTES = 5
+    """Charged to the engine from its registration to the exit of its last process."""
     REGISTERED_NS = 6
+    """time.monotonic_ns() of the registration: who came first starts first."""
     REGISTRAR_PID = 7
     """Process that registered the engine; a row that is still STARTING dies with it."""
     WEIGHT_MILLI = 8
@@ -70,6 +73,8 @@ class AgentWord(IntEnum):
     """Start time of REGISTRAR_PID in clock ticks since boot, 0 where unknown: with it a reused pid is not mistaken."""
     ENGINE_START = 11
     """Start time of the engine's PID, likewise."""
+    START_BYTES = 12
+    """Of the budget, what the start takes: KV memory that is mapped at once, and what loading holds for a while."""
     WORKER_START_0 = 80
     """WORKER_START_0 + i: start time of worker i, likewise, up to MAX_WORKERS."""
 
@@ -88,8 +93,8 @@ class EngineWord(IntEnum):
     """Words of a row that the engine's scheduler process writes."""
 
     PID = 32
-    """Stored last, after the WORKER words: it makes the row LIVE. Until then the engine holds no more KV than its
-    guarantee."""
+    """Stored last, after the WORKER words: it makes the row LIVE. Until then the engine holds no more than START_BYTES,
+    and from then on no more than its KV memory, and activations where they are charged."""
     APPLIED_REVISION = 33
     """Revision of the lease the engine follows now. Stored after COMMITTED_BYTES: whoever reads this word first and
     COMMITTED_BYTES second sees a count that is at least as new as the acknowledgement."""
@@ -248,7 +253,7 @@ class LeaseBoard:
         self.words = memoryview(self._map).cast("Q")
 
     @classmethod
-    def create(cls, path: Path, budget_bytes: int) -> "LeaseBoard":
+    def create(cls, path: Path, budget_bytes: int, weights_bytes: int = 0) -> "LeaseBoard":
         """Make the file, readable by the owner alone; an existing board of this version is opened as it is.
 
         A board whose creator died half-way (no magic yet, so nobody has used it) is finished here. Agent only: one
@@ -262,6 +267,7 @@ class LeaseBoard:
             board.words[1] = VERSION
             board.words[2] = budget_bytes
             board.words[3] = time.time_ns()
+            board.words[5] = weights_bytes
             board.words[0] = MAGIC
         board._check_version()
         return board
@@ -301,6 +307,16 @@ class LeaseBoard:
     @budget_bytes.setter
     def budget_bytes(self, value: int) -> None:
         self.words[2] = value
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes beside the budget that are set aside for the engines' weights; what these take beyond them is taken
+        from the budget. Written by the agent."""
+        return self.words[5]
+
+    @weights_bytes.setter
+    def weights_bytes(self, value: int) -> None:
+        self.words[5] = value
 
     @property
     def dead_engines(self) -> int:

@@ -10,14 +10,16 @@ exposures, guarantees and the processes to watch. What is kept here besides is s
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from memory_agent.errors import SettingsError
 from memory_agent.host_segment import host_segment_path
 from memory_agent.lease_board import MAX_ROWS, MAX_WORKERS, AgentWord, EngineWord, LeaseBoard, Row, RowState
-from memory_agent.lease_planner import check_guarantees, plan_leases
+from memory_agent.lease_planner import plan_leases
 from memory_agent.pressure import Pressure, usage_ratio
 from memory_agent.processes import ExitWatch, shared_segments
+from memory_agent.start_lease import Stake, check_stakes, choose_starts, excess_bytes
 from memory_agent.tenant import EngineTerms, Role, Tenant, process_words
 
 _SETTLE_S = 1.0
@@ -29,12 +31,13 @@ logger = logging.getLogger(__name__)
 class LeaseKeeper:
     """The agent's logic on one board, without any transport. One per board; not thread-safe."""
 
-    def __init__(self, path: Path, budget_bytes: int) -> None:
+    def __init__(self, path: Path, budget_bytes: int, weights_bytes: int = 0) -> None:
         """Open the board at ``path`` and go on with what it says, its budget included; make it where there is none.
 
-        Raises BoardError where the file is a board of another version.
+        weights_bytes: set aside for weights beside the budget. Raises BoardError where the file is a board of another
+        version.
         """
-        self.board = LeaseBoard.create(path, budget_bytes)
+        self.board = LeaseBoard.create(path, budget_bytes, weights_bytes)
         self.pressure = Pressure()
         self._exits: ExitWatch[tuple[int, int]] = ExitWatch()
         self._tenants: dict[int, Tenant] = {}
@@ -50,13 +53,14 @@ class LeaseKeeper:
         return [self._tenants[index] for index in sorted(self._tenants)]
 
     def register(self, terms: EngineTerms) -> Row:
-        """The engine's row, STARTING, its limit at the guarantee as far as bytes are free; the rest follows as others
-        give back. The same engine again gets the row it has. Raises SettingsError where it cannot fit."""
+        """The engine's row, STARTING, its limit at what it may claim as far as bytes are free; the rest follows as
+        others give back, or have started. The same engine again gets the row it has. Raises SettingsError where it can
+        never fit."""
         self._follow_processes()  # a life of this engine that has just ended must not pass its row on
         known = self._find(terms.engine_id)
         if known is not None:
             return known.row
-        check_guarantees(self._guarantees() | {terms.engine_id: terms.guarantee_bytes}, self.board.budget_bytes)
+        self._check([*self._stakes().values(), terms.stake()])
         index = next((index for index in range(MAX_ROWS) if index not in self._tenants), None)
         if index is None:
             raise SettingsError(f"the board of this device has no free row: {MAX_ROWS} engines share it, no more fit")
@@ -68,7 +72,14 @@ class LeaseKeeper:
             raise SettingsError(f"registrar_pid {terms.registrar_pid} is no process of this node; pass the caller's")
         tenant.enter(RowState.STARTING)
         self._tenants[index] = tenant
-        logger.info("engine %s registered in row %d, guarantee %d bytes", terms.engine_id, index, terms.guarantee_bytes)
+        logger.info(
+            "engine %s registered in row %d, guarantee %d bytes; its start takes %d, beside weights of %d",
+            terms.engine_id,
+            index,
+            terms.guarantee_bytes,
+            terms.start_bytes,
+            terms.weights_bytes,
+        )
         self._plan()
         return row
 
@@ -85,13 +96,15 @@ class LeaseKeeper:
         else:
             self._release(tenant)
 
-    def set_budget(self, budget_bytes: int) -> None:
-        """KV bytes the engines share from now on; a lower budget takes effect as engines give back.
+    def set_budget(self, budget_bytes: int, weights_bytes: int | None = None) -> None:
+        """Bytes the engines share from now on, and those set aside for their weights, where these change; a lower
+        budget takes effect as engines give back.
 
-        Raises SettingsError where the guarantees do not fit.
+        Raises SettingsError where the guarantees, the weights or a start do not fit.
         """
-        check_guarantees(self._guarantees(), budget_bytes)
-        self.board.budget_bytes = budget_bytes
+        room_bytes = self.board.weights_bytes if weights_bytes is None else weights_bytes
+        check_stakes(list(self._stakes().values()), budget_bytes, room_bytes)
+        self.board.budget_bytes, self.board.weights_bytes = budget_bytes, room_bytes
         self._seen = []  # no word of a row shows it, but it changes the pressure
         self._plan()
 
@@ -99,18 +112,19 @@ class LeaseKeeper:
         """What this engine can always get and what it may hold at most, from now on. A limit below what it holds takes
         effect as it gives back.
 
-        Raises SettingsError for an unknown engine, a ceiling below the guarantee, and guarantees that do not fit.
+        Raises SettingsError for an unknown engine, a ceiling below the guarantee, and a guarantee that does not fit.
         """
-        tenant = self._find(engine_id)
+        tenant, stakes = self._find(engine_id), self._stakes()
         if tenant is None:
-            known = ", ".join(sorted(self._guarantees())) or "none"
+            known = ", ".join(sorted(stakes)) or "none"
             raise SettingsError(f"no engine {engine_id} on this device; registered are: {known}")
         if not 0 < guarantee_bytes <= ceiling_bytes:
             raise SettingsError(
                 f"engine {engine_id}: the guarantee would be {guarantee_bytes} bytes, the ceiling {ceiling_bytes}; "
                 "0 < guarantee <= ceiling is needed"
             )
-        check_guarantees(self._guarantees() | {engine_id: guarantee_bytes}, self.board.budget_bytes)
+        stakes[engine_id] = replace(stakes[engine_id], guarantee_bytes=guarantee_bytes)
+        self._check(list(stakes.values()))
         tenant.limit(guarantee_bytes, ceiling_bytes)
         self._seen = []  # the words that are followed do not show it
         self._plan()
@@ -199,9 +213,13 @@ class LeaseKeeper:
 
     def _plan(self) -> None:
         """Plan with what the board says now, and issue what changed."""
-        staying = [tenant for tenant in self.tenants if tenant.stays]
+        board, staying = self.board, [tenant for tenant in self.tenants if tenant.stays]
+        starts = choose_starts(list(self._stakes().values()), board.budget_bytes, board.weights_bytes)
         reserved_bytes = sum(tenant.held_bytes for tenant in self.tenants if not tenant.stays)
-        decisions = plan_leases([tenant.claim() for tenant in staying], self.board.budget_bytes, reserved_bytes)
+        # Those of engines that are to start, too: they are granted nothing before there is room for their weights.
+        reserved_bytes += excess_bytes(sum(tenant.weights_bytes for tenant in self.tenants), board.weights_bytes)
+        claims = [tenant.claim(tenant.engine_id in starts) for tenant in staying]
+        decisions = plan_leases(claims, board.budget_bytes, reserved_bytes)
         for tenant, decision in zip(staying, decisions, strict=True):
             tenant.issue(decision)
 
@@ -217,5 +235,8 @@ class LeaseKeeper:
     def _find(self, engine_id: str) -> Tenant | None:
         return next((one for one in self.tenants if one.engine_id == engine_id and one.stays), None)
 
-    def _guarantees(self) -> dict[str, int]:
-        return {one.engine_id: one.guarantee_bytes for one in self.tenants if one.stays}
+    def _stakes(self) -> dict[str, Stake]:
+        return {one.engine_id: one.stake() for one in self.tenants if one.stays}
+
+    def _check(self, stakes: list[Stake]) -> None:
+        check_stakes(stakes, self.board.budget_bytes, self.board.weights_bytes)

@@ -19,6 +19,9 @@ class EngineReport:
 
     Attributes:
         engine_id: the Serve replica's unique id.
+        start_bytes: of the budget, what its start takes until it is live, then 0: while limit_bytes is below, the start
+            waits for others to give back or to have started.
+        weights_bytes: charged to the engine, from its registration to the exit of its last process.
         held_bytes_os: KV bytes held, from the operating system (st_blocks of each worker's memory file). No system
             counts a GPU's for one process: there it is the engine's own count, and its workers hold the driver's free
             memory against their chunks whenever they check their books.
@@ -51,6 +54,7 @@ class EngineReport:
     guarantee_bytes: int
     ceiling_bytes: int
     weights_bytes: int
+    start_bytes: int
     held_bytes_os: int
     committed_bytes: int
     activation_bytes: int
@@ -87,6 +91,11 @@ class EngineReport:
     target_revision: int
     pressure: PressureLevel
 
+    @property
+    def waits_to_start(self) -> bool:
+        """Its processes are not started yet, for lack of memory."""
+        return self.limit_bytes < self.start_bytes
+
 
 @dataclass(frozen=True)
 class DeviceReport:
@@ -95,7 +104,7 @@ class DeviceReport:
     Attributes:
         taken_at_s: wall-clock time of the sample, for people; sequence: grows by one with each report of an agent life.
         agent_epoch_ns: start time of this agent life; (agent_epoch_ns, sequence) orders reports of a device.
-        budget_bytes: KV bytes the engines of this device share.
+        budget_bytes: KV bytes the engines of this device share; weights_bytes: set aside beside it for their weights.
     """
 
     node: str
@@ -105,9 +114,15 @@ class DeviceReport:
     sequence: int
     taken_at_s: float
     budget_bytes: int
+    weights_bytes: int
     pressure: PressureLevel
     engines: tuple[EngineReport, ...]
     dead_engines: int
+
+    @property
+    def weights_over_bytes(self) -> int:
+        """Of the budget, what the engines' weights take because it is beyond what is set aside for them."""
+        return max(0, sum(engine.weights_bytes for engine in self.engines) - self.weights_bytes)
 
     @property
     def held_bytes_os(self) -> int:

@@ -1,6 +1,7 @@
 """One engine on one device, as its board row describes it: what it asked for, claims, holds and is issued."""
 
 import logging
+import time
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
@@ -10,6 +11,7 @@ from memory_agent.errors import SettingsError
 from memory_agent.lease_board import MAX_NAME_BYTES, MAX_WORKERS, AgentWord, EngineWord, Lease, Row, RowState
 from memory_agent.lease_planner import LeaseClaim, LeaseDecision
 from memory_agent.pressure import Pressure, usage_ratio
+from memory_agent.start_lease import Stake
 
 _FOLLOWED = (
     AgentWord.STATE,
@@ -39,9 +41,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineTerms:
-    """What an engine asks for when it registers. Sizes are KV bytes but for weights_bytes.
+    """What an engine asks for when it registers. Sizes are bytes of the budget but for weights_bytes.
 
     registrar_pid: the process that starts the engine; weight: its part of contended and of lent bytes, against others'.
+    start_bytes: what the start takes until the engine is live, KV memory that it maps at once included; the engine's
+    processes must not be started before the lease holds that.
     Raises SettingsError on construction where a value cannot work on any device.
     """
 
@@ -52,6 +56,7 @@ class EngineTerms:
     weights_bytes: int
     registrar_pid: int
     weight: float = 1.0
+    start_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.guarantee_bytes <= self.ceiling_bytes:
@@ -59,14 +64,18 @@ class EngineTerms:
                 f"engine {self.engine_id}: the guarantee is {self.guarantee_bytes} bytes, the ceiling "
                 f"{self.ceiling_bytes}; 0 < guarantee <= ceiling is needed"
             )
-        if self.weights_bytes < 0 or not 0.001 <= self.weight <= 1e6:
+        if min(self.weights_bytes, self.start_bytes) < 0 or not 0.001 <= self.weight <= 1e6:
             raise SettingsError(
-                f"engine {self.engine_id}: weights_bytes is {self.weights_bytes} and weight {self.weight}; "
-                "weights_bytes of 0 or more and a weight from 0.001 to 1e6 fit"
+                f"engine {self.engine_id}: weights_bytes is {self.weights_bytes}, start_bytes {self.start_bytes} and "
+                f"weight {self.weight}; bytes of 0 or more and a weight from 0.001 to 1e6 fit"
             )
         for text in (self.engine_id, self.model):
             if not 0 < len(text.encode()) <= MAX_NAME_BYTES:
                 raise SettingsError(f"name {text!r} has {len(text.encode())} bytes; 1 to {MAX_NAME_BYTES} fit")
+
+    def stake(self) -> Stake:
+        """Before the engine has a row."""
+        return Stake(self.engine_id, self.guarantee_bytes, self.weights_bytes, self.start_bytes)
 
 
 class Role(IntEnum):
@@ -117,6 +126,8 @@ class Tenant:
         row.set(AgentWord.GUARANTEE_BYTES, terms.guarantee_bytes)
         row.set(AgentWord.CEILING_BYTES, terms.ceiling_bytes)
         row.set(AgentWord.WEIGHTS_BYTES, terms.weights_bytes)
+        row.set(AgentWord.START_BYTES, terms.start_bytes)
+        row.set(AgentWord.REGISTERED_NS, time.monotonic_ns())
         row.set(AgentWord.WEIGHT_MILLI, round(terms.weight * 1000))
         # Revision 1, because an engine's word reads 0 before it has acknowledged anything.
         row.set(AgentWord.LEASE, Lease(limit_bytes=0, revision=1).pack())
@@ -144,6 +155,27 @@ class Tenant:
     @property
     def guarantee_bytes(self) -> int:
         return self.row.get(AgentWord.GUARANTEE_BYTES)
+
+    @property
+    def weights_bytes(self) -> int:
+        return self.row.get(AgentWord.WEIGHTS_BYTES)
+
+    @property
+    def start_bytes(self) -> int:
+        """Of the budget, what its start takes; 0 once it has started."""
+        return self.row.get(AgentWord.START_BYTES) if self.state is RowState.STARTING else 0
+
+    def stake(self) -> Stake:
+        """What it can count on of the device."""
+        row = self.row
+        return Stake(
+            engine_id=self.engine_id,
+            guarantee_bytes=self.guarantee_bytes,
+            weights_bytes=self.weights_bytes,
+            start_bytes=self.start_bytes,
+            held_bytes=self.held_bytes,
+            registered_ns=row.get(AgentWord.REGISTERED_NS),
+        )
 
     @property
     def held_bytes(self) -> int:
@@ -196,11 +228,11 @@ class Tenant:
         ratio = usage_ratio(self.wanted_bytes, max(self.row.lease.limit_bytes, self.guarantee_bytes)) if live else 0.0
         self.pressure = self.pressure.sampled(float("inf") if live and self.overdue_bytes else ratio)
 
-    def claim(self) -> LeaseClaim:
+    def claim(self, its_turn: bool = True) -> LeaseClaim:
         """The engine's claim by the board, its acknowledgement taken into account.
 
-        A row that is STARTING claims its guarantee and no more: an engine that reads no lease yet could not give a lent
-        byte back.
+        A row that is STARTING claims its guarantee and, in ``its_turn``, what its start takes, and no more: an engine
+        that reads no lease yet could not give a lent byte back.
         """
         row = self.row
         # This word first: the engine stores its count before its acknowledgement, see EngineWord.APPLIED_REVISION.
@@ -220,8 +252,8 @@ class Tenant:
             promised_bytes=self.promised_bytes,
         )
         if self.state is RowState.STARTING:
-            whole = self.guarantee_bytes
-            return replace(claim, ceiling_bytes=whole, demand_bytes=whole, promised_bytes=whole)
+            whole = max(self.guarantee_bytes, self.start_bytes if its_turn else 0)
+            return replace(claim, guarantee_bytes=whole, ceiling_bytes=whole, demand_bytes=whole, promised_bytes=whole)
         return claim
 
     def issue(self, decision: LeaseDecision) -> None:

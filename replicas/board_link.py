@@ -30,8 +30,8 @@ SAY_AGAIN_S = 10.0
 
 
 class BoardLink:
-    """One engine's registration. Construction registers the engine and returns when its lease holds what it maps at
-    its start; it raises what the agent raises where the guarantee does not fit."""
+    """One engine's registration. Construction registers the engine and returns when its lease holds what its start
+    takes; it raises what the agent raises where that can never be."""
 
     def __init__(self, engine_id: str, spec: EngineSpec, agent_spec: "AgentSpec") -> None:
         from memory_agent.agent import ensure_agent
@@ -47,11 +47,12 @@ class BoardLink:
                 weights_bytes=spec.weights_bytes,
                 registrar_pid=os.getpid(),
                 weight=spec.weight,
+                start_bytes=spec.start_bytes,
             )
         )
         self.registration: Registration = answer
         self._row: Row = LeaseBoard.open(Path(self.registration.board_path)).row(self.registration.row)
-        wait_for_lease(self._row, spec.kv_rest_bytes)
+        wait_for_lease(self._row, spec.start_bytes)
 
     async def follow_lease(self, wake: Callable[[], Awaitable[object]]) -> None:
         """Wake the engine by ``wake`` when its lease has changed or its rest has come; for ever."""
@@ -91,21 +92,24 @@ class BoardLink:
 
 
 def wait_for_lease(row: Row, least_bytes: int) -> None:
-    """Return when the row's lease is ``least_bytes`` or more, however long neighbours keep them: an engine maps its
-    first bytes before it reads any lease."""
-    began_s = said_s = time.monotonic()
+    """Return when the row's lease is ``least_bytes`` or more, however long neighbours keep them: an engine loads its
+    weights and maps its first KV memory before it reads any lease."""
+    began_s = time.monotonic()
+    said_s = float("-inf")
     while (limit_bytes := row.lease.limit_bytes) < least_bytes:
-        time.sleep(LEASE_POLL_S)
         if time.monotonic() - said_s >= SAY_AGAIN_S:
             said_s = time.monotonic()
             logger.warning(
-                "engine %s has waited %.0f s to start: its lease is %d bytes, %d are needed; other engines of the "
-                "device have not given back what they owe",
+                "engine %s has waited %.0f s to start: its lease is %d bytes, its start takes %d; other engines of the "
+                "device have to give back what was lent to them, or to finish their own start",
                 row.engine_id,
                 said_s - began_s,
                 limit_bytes,
                 least_bytes,
             )
+        time.sleep(LEASE_POLL_S)
+    if said_s > began_s:
+        logger.warning("engine %s starts, after %.1f s", row.engine_id, time.monotonic() - began_s)
 
 
 def _controller() -> Any:

@@ -24,6 +24,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
 from memory_agent.extents import ExtentMap, KvGeometry
+from memory_agent.heap import trim_heap
 from memory_agent.host_segment import HostSegment, host_segment_path
 from memory_agent.kv_fingerprint import KvFingerprint
 from memory_agent.lease_board import NO_FD
@@ -94,8 +95,11 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker_memory.end_warm_up()
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata:
+        """The last that vLLM asks of a worker before the engine is live and follows its lease. What loading has left on
+        the heap goes back by then: the lease was for the start."""
         memory = self._worker_memory
         memory.require_adopted()
+        trim_heap()
         if self._host_slots and self._copies is None:
             self._copies = HostCopies(self._make_segment(), memory.blocks)
         return KvHandshake(

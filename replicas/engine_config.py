@@ -14,6 +14,7 @@ from replicas.paced_core import PacedCore
 from replicas.spec import EngineSpec
 
 _ELASTIC_ON_GPU = {"worker_cls": "replicas.gpu_worker.ElasticGpuWorker"}
+_ELASTIC_ON_CPU = {"worker_cls": "replicas.cpu_worker.ElasticCpuWorker"}
 _SHARED_GPU = {"gpu_memory_utilization": 0.05}
 """vLLM wants this share of a GPU to be free when an engine starts; what it uses is decided by kv_cache_memory_bytes."""
 
@@ -62,8 +63,8 @@ def build_vllm_config(spec: EngineSpec, board_path: str = "", row: int = 0) -> V
         kv_connector_extra_config=settings.to_extra_config(),
         kv_load_failure_policy="recompute",
     )
-    on_gpu = _ELASTIC_ON_GPU if current_platform.is_cuda() else {}
-    config = _resolve(build_engine_args(spec, kv_transfer_config=transfer, **on_gpu), spec)
+    worker = _ELASTIC_ON_GPU if current_platform.is_cuda() else _ELASTIC_ON_CPU
+    config = _resolve(build_engine_args(spec, kv_transfer_config=transfer, **worker), spec)
     check_elastic(config)
     # Chosen after vLLM has settled on synchronous or asynchronous scheduling.
     name = "ElasticAsyncScheduler" if config.scheduler_config.async_scheduling else "ElasticScheduler"

@@ -19,8 +19,8 @@ TICK_S = 0.05
 class LocalAgent:
     """Gives engines their leases, every TICK_S seconds. Its board is ``board``."""
 
-    def __init__(self, path: Path, budget_bytes: int) -> None:
-        self._keeper = LeaseKeeper(path, budget_bytes)
+    def __init__(self, path: Path, budget_bytes: int, weights_bytes: int = 0) -> None:
+        self._keeper = LeaseKeeper(path, budget_bytes, weights_bytes)
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._keep)
@@ -32,7 +32,7 @@ class LocalAgent:
         return self._keeper.board
 
     def register(self, terms: EngineTerms) -> Registration:
-        """A row for an engine. Raises what LeaseKeeper raises where its guarantee does not fit."""
+        """A row for an engine. Raises what LeaseKeeper raises where it can never fit."""
         with self._lock:
             return Registration(str(self.board.path), self._keeper.register(terms).index)
 
@@ -60,9 +60,9 @@ class LocalAgent:
 
 
 @contextmanager
-def local_agent(path: Path, budget_bytes: int) -> Iterator[LocalAgent]:
-    """One whose board is the new file ``path``, while the block runs."""
-    agent = LocalAgent(path, budget_bytes)
+def local_agent(path: Path, budget_bytes: int, weights_bytes: int = 0) -> Iterator[LocalAgent]:
+    """One whose board is the new file ``path``, while the block runs. weights_bytes: set aside beside the budget."""
+    agent = LocalAgent(path, budget_bytes, weights_bytes)
     agent.start()
     try:
         yield agent

@@ -26,6 +26,7 @@ class EngineSpec:
         kv_rest_bytes: committed KV bytes the engine shrinks to when idle.
         kv_guarantee_bytes: KV bytes of one longest request; always obtainable.
         weights_bytes: bytes of the loaded weights.
+        spike_bytes: what loading and warming up hold beside weights and KV memory until the engine is live.
         weight: part of contended and of lent bytes, against other engines'.
         charge_activations: activations count against the lease, and bound the tokens of a step.
         token_bytes: upper estimate of a worker's activation bytes of one token in a step, used until it is measured.
@@ -45,6 +46,7 @@ class EngineSpec:
     kv_rest_bytes: int
     kv_guarantee_bytes: int
     weights_bytes: int
+    spike_bytes: int = 0
     weight: float = 1.0
     charge_activations: bool = False
     token_bytes: int = 64 << 10
@@ -66,6 +68,11 @@ class EngineSpec:
         """What this engine must always be able to get: KV memory of one longest request, and where they are charged,
         the activations of the smallest step that lets every running request go on, a token of each."""
         return self.kv_guarantee_bytes + self._activation_bytes(self.max_num_seqs)
+
+    @property
+    def start_bytes(self) -> int:
+        """What the start takes of the device's budget, until the engine is live."""
+        return self.kv_rest_bytes + self.spike_bytes
 
     @property
     def ceiling_bytes(self) -> int:

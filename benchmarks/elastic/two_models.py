@@ -155,7 +155,7 @@ async def _split(spec: EngineSpec) -> AsyncIterator[list[LocalEngine]]:
 @asynccontextmanager
 async def _shared(spec: EngineSpec, plan: Plan, folder: Path) -> AsyncIterator[tuple[LocalAgent, list[LocalEngine]]]:
     async with AsyncExitStack() as stack:
-        agent = stack.enter_context(local_agent(folder / "shared.board", plan.device_bytes))
+        agent = stack.enter_context(local_agent(folder / "shared.board", plan.device_bytes, 2 * spec.weights_bytes))
         engines, watches = [], []
         for model in range(2):
             place = agent.register(

@@ -56,6 +56,7 @@ class SimReplica:
             sequence=self._sequence,
             taken_at_s=now_s,
             budget_bytes=self._profile.device_bytes,
+            weights_bytes=0,
             pressure=self._last.pressure,
             engines=(self._last,) if self.up else (),
             dead_engines=0 if self.up else 1,

@@ -20,14 +20,14 @@ DEATH_S = 2.0
 class KeptDevice(LocalAgent):
     """The agent and the fake engines' processes."""
 
-    def __init__(self, path: Path, budget_bytes: int) -> None:
-        super().__init__(path, budget_bytes)
+    def __init__(self, path: Path, budget_bytes: int, weights_bytes: int = 0) -> None:
+        super().__init__(path, budget_bytes, weights_bytes)
         self._fakes: dict[str, subprocess.Popen[str]] = {}
 
     def start_fake(self, engine_id: str, guarantee_bytes: int) -> tuple[Row, subprocess.Popen[str]]:
         """An engine that follows its lease with real memory and has no model; its row, when it is live."""
         budget = self.board.budget_bytes
-        place = self.register(EngineTerms(engine_id, "fake", guarantee_bytes, budget, 1, os.getpid()))
+        place = self.register(EngineTerms(engine_id, "fake", guarantee_bytes, budget, 0, os.getpid()))
         command = [sys.executable, str(FAKE_ENGINE), place.board_path, str(place.row)]
         self._fakes[engine_id] = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
         row = LeaseBoard.open(place.board_path).row(place.row)
@@ -52,8 +52,8 @@ class KeptDevice(LocalAgent):
 
 
 @contextmanager
-def kept_device(path: Path, budget_bytes: int) -> Iterator[KeptDevice]:
-    device = KeptDevice(path, budget_bytes)
+def kept_device(path: Path, budget_bytes: int, weights_bytes: int = 0) -> Iterator[KeptDevice]:
+    device = KeptDevice(path, budget_bytes, weights_bytes)
     device.start()
     try:
         yield device

@@ -20,7 +20,7 @@ import ray
 from cluster.controller import ensure_controller
 from memory_agent.agent import AgentSpec, Registration, board_path, ensure_agent
 from memory_agent.errors import SettingsError
-from memory_agent.lease_board import LIMIT_UNIT_BYTES, EngineWord, LeaseBoard, ReplicaWord, Row
+from memory_agent.lease_board import LIMIT_UNIT_BYTES, MAX_ROWS, EngineWord, LeaseBoard, ReplicaWord, Row
 from memory_agent.processes import file_bytes
 from memory_agent.reports import DeviceReport, EngineReport, PressureLevel
 from tests.integration.fake_engine import FLOOR_BYTES
@@ -65,7 +65,7 @@ class Device:
     """An agent of its own on this node, and the engines on its board."""
 
     def __init__(self) -> None:
-        self.spec = AgentSpec(uuid.uuid4().hex[:8], f"test-{uuid.uuid4().hex[:6]}", BUDGET)
+        self.spec = AgentSpec(uuid.uuid4().hex[:8], f"test-{uuid.uuid4().hex[:6]}", BUDGET, weights_bytes=7 * MAX_ROWS)
         self.agent: Any = ensure_agent(self.spec)
         self.engines: dict[str, subprocess.Popen[str]] = {}
 

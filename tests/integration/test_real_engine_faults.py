@@ -25,7 +25,7 @@ def test_a_stopped_and_then_killed_engine(tmp_path: Path) -> None:
     """Stopped, it keeps every byte, and after SIGCONT every request gets its tokens. Killed in the middle of a move:
     its processes are gone and its bytes are on its neighbour's lease within two seconds; its requests end with an
     error."""
-    with kept_device(tmp_path / "board", BUDGET_BYTES) as device:
+    with kept_device(tmp_path / "board", BUDGET_BYTES, WEIGHTS_BYTES) as device:
         asyncio.run(stopped_and_killed(device))
     assert device.most_held_bytes <= BUDGET_BYTES
 

@@ -68,7 +68,7 @@ async def register(agent: Any, engine_id: str) -> Registration:
 def test_memory_goes_where_it_is_needed() -> None:
     """One engine takes over 70 % of the budget while the other idles, gives back when the other needs it, and both
     together never hold more than the budget."""
-    agent = ensure_agent(AgentSpec(f"test-{os.getpid()}", "shared-budget", BUDGET_BYTES))
+    agent = ensure_agent(AgentSpec(f"test-{os.getpid()}", "shared-budget", BUDGET_BYTES, 2 * WEIGHTS_BYTES))
     path = Path(ray.get(agent.describe.remote())["board_path"])
     try:
         asyncio.run(two_engines(agent))

@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.model_keeper import FleetAwayError, ModelKeeper
 from cluster.model_plan import AppState, IngressState
-from cluster.model_set import Limits, ModelEntry
+from cluster.model_set import Limits, ModelEntry, ModelSet
 from cluster.sizing import GIB
 from memory_agent.errors import SettingsError
 from memory_agent.reports import DeviceReport
@@ -18,6 +18,7 @@ class FakeFleet:
     """A cluster in which what is asked for happens at once, unless ``replicas_start`` or ``api_follows`` is False."""
 
     budget_bytes: int = GIB
+    weights_bytes: int = 0
     free: int = 24 * GIB
     replicas_start: bool = True
     api_follows: bool = True
@@ -34,8 +35,8 @@ class FakeFleet:
             raise FleetAwayError("Ray Serve is away")
         return dict(self.running)
 
-    async def deploy(self, entry: ModelEntry, engines: int, budget_bytes: int) -> None:
-        self.calls.append(f"deploy {entry.name}, of {engines}")
+    async def deploy(self, entry: ModelEntry, models: ModelSet) -> None:
+        self.calls.append(f"deploy {entry.name}, of {models.replicas}")
         self.running[entry.name] = AppState(running=self.replicas_start and not self.failing, failed=self.failing)
         for number in range(entry.config.replicas):
             self.engine(f"{entry.name}-{number}", entry.name, entry.own_limits)
@@ -44,7 +45,7 @@ class FakeFleet:
         self.engines[engine_id] = SimpleNamespace(
             engine_id=engine_id, model=model, state="LIVE", guarantee_bytes=limits.guarantee_bytes,
             ceiling_bytes=limits.ceiling_bytes, limit_bytes=7, held_bytes_os=5, activation_held_bytes=0, running=1,
-            waiting=2,
+            waiting=2, start_bytes=0, waits_to_start=False,
         )  # fmt: skip
 
     async def delete(self, name: str) -> None:
@@ -59,8 +60,8 @@ class FakeFleet:
         routed = {one.name for one in self.keeper.models.entries if one.stays}
         return [IngressState(frozenset(routed), dict.fromkeys(routed, 0) | self.in_flight)]
 
-    async def device(self, budget_bytes: int) -> DeviceReport:
-        self.budget_bytes = budget_bytes
+    async def device(self, models: ModelSet) -> DeviceReport:
+        self.budget_bytes, self.weights_bytes = models.budget_bytes, models.weights_bytes
         report: Any = SimpleNamespace(engines=tuple(self.engines.values()), held_bytes_os=5 * len(self.engines))
         return report  # type: ignore[no-any-return]
 

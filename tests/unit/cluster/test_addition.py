@@ -21,7 +21,8 @@ def facts(max_model_len: int = 2048, weights_bytes: int = 269 * MIB) -> ModelFac
 
 
 def room(free_bytes: int = 24 * GIB, **sizes: int) -> Room:
-    known = {"pending_bytes": 0, "held_bytes": 100 * MIB, "guaranteed_bytes": 400 * MIB, "budget_bytes": GIB}
+    known = {"pending_bytes": 0, "held_bytes": 100 * MIB, "guaranteed_bytes": 400 * MIB}
+    known |= {"start_bytes": 0, "budget_bytes": GIB}
     return Room(free_bytes, **(known | sizes))
 
 
@@ -62,19 +63,21 @@ def test_what_is_lent_counts_as_taken() -> None:
     max_model_len=st.integers(512, 200_000),
     free_bytes=st.integers(GIB, 12 * GIB),
     guaranteed=st.integers(0, GIB),
+    start_bytes=st.sampled_from([0, 500 * MIB]),
     budget=st.none() | st.just(GIB),
 )
 def test_promises_hold_and_remedies_work(
-    replicas: int, max_model_len: int, free_bytes: int, guaranteed: int, budget: int | None
+    replicas: int, max_model_len: int, free_bytes: int, guaranteed: int, start_bytes: int, budget: int | None
 ) -> None:
     """Whatever is asked for: either everything promised is there, or the replicas and the length that the refusal names
     would fit."""
     config = ClusterConfig.model_validate({"memory": {"budget": budget}})
-    there = room(free_bytes, guaranteed_bytes=guaranteed, held_bytes=0)
+    there = room(free_bytes, guaranteed_bytes=guaranteed, held_bytes=0, start_bytes=start_bytes)
 
     def plan(replicas: int, max_model_len: int) -> None:
         addition = plan_addition(config, model(replicas=replicas), facts(max_model_len), there)
-        assert guaranteed + replicas * addition.guarantee_bytes <= addition.budget_bytes
+        start = max(there.start_bytes, addition.spec.spike_bytes)
+        assert guaranteed + replicas * addition.guarantee_bytes + start <= addition.budget_bytes
         fixed = replicas * (3 * GIB // 2 + 269 * MIB)
         assert fixed + addition.budget_bytes <= free_bytes
         assert addition.budget_bytes == GIB or budget is None

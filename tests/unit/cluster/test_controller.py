@@ -26,7 +26,7 @@ def engine(engine_id: str = "a", **values: Any) -> EngineReport:
     known: dict[str, Any] = {
         "model": "m", "pid": 1, "state": "LIVE", "limit_bytes": GIB, "lease_revision": 1, "applied_revision": 1,
         "guarantee_bytes": GIB // 4, "ceiling_bytes": 2 * GIB, "weights_bytes": 300, "held_bytes_os": 50,
-        "committed_bytes": 50,
+        "start_bytes": 0, "committed_bytes": 50,
         "activation_bytes": 7, "activation_held_bytes": 5, "token_budget": 64, "used_bytes": 20,
         "demand_bytes": GIB // 2, "rss_bytes": 900, "running": 2, "waiting": 3,
         "preemptions": 0, "host_bytes": 11, "host_stored_blocks": 0, "host_loaded_blocks": 0, "host_declined_blocks": 0,
@@ -43,7 +43,7 @@ def engine(engine_id: str = "a", **values: Any) -> EngineReport:
 def report(sequence: int, *engines: EngineReport, epoch: int = 100, **values: Any) -> DeviceReport:
     known: dict[str, Any] = {
         "node": "n1", "device": "cpu", "agent_pid": 5, "taken_at_s": 1.0, "budget_bytes": 2 * GIB,
-        "pressure": PressureLevel.NORMAL, "dead_engines": 0,
+        "weights_bytes": 1000, "pressure": PressureLevel.NORMAL, "dead_engines": 0,
     }  # fmt: skip
     return DeviceReport(agent_epoch_ns=epoch, sequence=sequence, engines=engines, **(known | values))
 
@@ -165,14 +165,25 @@ def test_snapshot_accounts_for_every_byte_and_is_json(view: ClusterView) -> None
         "kv_used_bytes": 90,
         "kv_cached_bytes": 50,
         "activation_bytes": 10,
+        "start_bytes": 0,
         "free_bytes": 2 * GIB - 150,
         "host_buffer_bytes": 22,
     }
-    owners = ("kv_used_bytes", "kv_cached_bytes", "activation_bytes", "free_bytes")
+    owners = ("kv_used_bytes", "kv_cached_bytes", "activation_bytes", "start_bytes", "free_bytes")
     assert sum(memory[owner] for owner in owners) == device["budget_bytes"]
     assert (device["running"], device["waiting"], device["report_age_s"]) == (4, 6, 1.5)
     assert (device["pressure"], device["replicas"][1]["engine_id"]) == ("NORMAL", "b")
     assert device["replicas"][0]["target"] == {"revision": 1, "token_budget_max": 512, "active_max": 16}
+
+
+def test_a_start_takes_its_part_of_the_budget(view: ClusterView) -> None:
+    """What starts have been granted is not free, what they wait for is; nor is what weights take beyond their room."""
+    granted = engine("b", state="STARTING", start_bytes=GIB // 2, limit_bytes=GIB // 2, weights_bytes=900)
+    waiting = engine("c", state="STARTING", start_bytes=GIB // 2, limit_bytes=GIB // 4, weights_bytes=400)
+    view.receive(report(1, engine(), granted, waiting), 0.0)
+    memory = view.snapshot(0.0)["nodes"][0]["devices"][0]["memory"]
+    assert (memory["start_bytes"], memory["weights_bytes"]) == (GIB // 2, 1600)
+    assert memory["free_bytes"] == 2 * GIB - GIB // 2 - 150 - 15 - 600
 
 
 def test_snapshot_never_shows_negative_bytes(view: ClusterView) -> None:

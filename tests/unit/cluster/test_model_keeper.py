@@ -108,6 +108,33 @@ async def test_an_addition_that_cannot_work_is_told_and_forgotten(
     assert keeper.story_of("c")["error"] is None
 
 
+async def test_room_for_weights_follows_the_models(keeper: ModelKeeper, fleet: FakeFleet, source: str) -> None:
+    """Those of every replica that is meant to be there are set aside before it is deployed, until it is gone."""
+    await settle(keeper)
+    assert fleet.weights_bytes == keeper.models.weights_bytes == 3 * 300 * MIB
+    keeper.add(new(source, replicas=2))
+    await until(keeper, lambda: "c" in keeper.models.names)
+    added = 2 * keeper.models.get("c").spec.weights_bytes
+    await keeper.tick()
+    assert fleet.weights_bytes == 3 * 300 * MIB + added
+    assert "deploy c, of 5" in fleet.calls
+    keeper.remove("c")
+    await settle(keeper)
+    assert fleet.weights_bytes == 3 * 300 * MIB
+
+
+async def test_a_start_that_waits_is_told(keeper: ModelKeeper, fleet: FakeFleet, source: str) -> None:
+    """The story of the model says that, and for how much."""
+    await settle(keeper)
+    fleet.replicas_start = False
+    keeper.add(new(source))
+    await until(keeper, lambda: phases(keeper).get("c") == "starting")
+    fleet.engines["c-0"].state, fleet.engines["c-0"].start_bytes = "STARTING", 30 * MIB
+    fleet.engines["c-0"].waits_to_start = True
+    await settle(keeper)
+    assert keeper.story_of("c")["progress"].endswith("a start waits for 30MiB")
+
+
 async def test_a_failure_is_forgotten_when_removed(keeper: ModelKeeper, source: str) -> None:
     """What is only remembered can be removed; then it is unknown."""
     await settle(keeper)
@@ -178,10 +205,10 @@ async def test_a_command_during_a_step_is_not_lost(keeper: ModelKeeper, fleet: F
     """A removal that comes while Serve is being asked wins over the step that was decided before it."""
     await settle(keeper)
     del fleet.running["a"]  # it will be deployed again
-    deploy: Callable[[ModelEntry, int, int], Awaitable[None]] = fleet.deploy
+    deploy: Callable[[ModelEntry, ModelSet], Awaitable[None]] = fleet.deploy
 
-    async def removed_meanwhile(entry: ModelEntry, engines: int, budget_bytes: int) -> None:
-        await deploy(entry, engines, budget_bytes)
+    async def removed_meanwhile(entry: ModelEntry, models: ModelSet) -> None:
+        await deploy(entry, models)
         keeper.remove("a")
 
     fleet.deploy = removed_meanwhile  # type: ignore[method-assign]

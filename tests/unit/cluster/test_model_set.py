@@ -74,7 +74,7 @@ def test_removing_twice_changes_nothing() -> None:
         (LEAST, 2 * GIB, "above the 1024MiB that all models of this device share"),
         (LEAST, 600 * MIB, "the 512MiB of addresses that its replicas reserved.*--ceiling"),
         (300 * MIB, 200 * MIB, "above its ceiling of 200MiB"),
-        (481 * MIB, 512 * MIB, "64MiB are promised to others; at most 480MiB fit"),
+        (481 * MIB, 512 * MIB, "64MiB are promised to others.*at most 480MiB fit"),
     ],
 )
 def test_limits_that_cannot_hold_are_refused(guarantee: int, ceiling: int, said: str) -> None:
@@ -84,6 +84,18 @@ def test_limits_that_cannot_hold_are_refused(guarantee: int, ceiling: int, said:
     with pytest.raises(SettingsError, match=said):
         models.limit("a", Limits(guarantee, ceiling))
     assert models.limit("a", Limits(480 * MIB, 512 * MIB)).promised_bytes == GIB
+
+
+def test_a_guarantee_leaves_room_for_a_start() -> None:
+    """A replica that dies has to start again when all others have their guarantees: the largest start of any model is
+    kept free, that of a static model is not."""
+    models = ModelSet(
+        (entry("a", spike_bytes=40 * MIB), entry("b", replicas=1), entry("s", elastic=False, spike_bytes=GIB)), GIB
+    )
+    assert (models.start_bytes, models.weights_bytes) == (40 * MIB, 900 * MIB)
+    with pytest.raises(SettingsError, match="the start of an engine needs 40MiB; at most 460MiB fit"):
+        models.limit("a", Limits(461 * MIB, GIB))
+    models.limit("a", Limits(460 * MIB, GIB))
 
 
 def test_a_static_model_has_no_limits() -> None:

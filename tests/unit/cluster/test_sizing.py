@@ -78,7 +78,8 @@ def test_sizes_that_are_given_out_hold(
         return
     (spec,) = sizing.specs
     block_bytes = BLOCK * kv_token_bytes
-    assert replicas * spec.guarantee_bytes <= sizing.budget_bytes
+    assert replicas * spec.guarantee_bytes + spec.spike_bytes <= sizing.budget_bytes
+    assert (spec.weights_bytes, sizing.weights_bytes) == (weights_bytes, replicas * weights_bytes)
     assert sizing.needed_bytes <= free_bytes
     assert max_model_len * kv_token_bytes + 2 * block_bytes <= spec.kv_ceiling_bytes <= sizing.budget_bytes
     assert 2 * block_bytes <= spec.kv_rest_bytes <= spec.kv_ceiling_bytes // 4
@@ -118,8 +119,8 @@ def test_the_remedies_for_too_little_memory_work(replicas: int, free_bytes: int,
 
 def test_a_budget_below_one_longest_request_each_is_refused() -> None:
     """The refusal names the budget that is needed and the length that fits; both work."""
-    tight = config(memory={"budget": "200MiB"})
-    with pytest.raises(SettingsError, match=r"memory\.budget is 200MiB") as caught:
+    tight = config(memory={"budget": "250MiB"})
+    with pytest.raises(SettingsError, match=r"memory\.budget is 250MiB") as caught:
         plan_sizes(tight, [facts()], 24 * GIB)
     needed = re.search(r"raise it to (\d+MiB)", str(caught.value))
     tokens = re.search(r"max_model_len of (\d+)", str(caught.value))
@@ -158,7 +159,7 @@ def test_chosen_guarantees_are_kept() -> None:
     assert sizing.guarantees_bytes[1] == pytest.approx(sizing.specs[0].guarantee_bytes, abs=LIMIT_UNIT_BYTES)
     assert sizing.budget_bytes >= 2 * 500 * MIB + sizing.guarantees_bytes[1]
     assert [spec.weight for spec in sizing.specs] == [2.5, 1.0]
-    with pytest.raises(SettingsError, match="raise it to 1186MiB; or with this budget, fewer replicas or lower"):
+    with pytest.raises(SettingsError, match=r"need 1186MiB, .*; or with this budget, fewer replicas or lower"):
         plan_sizes(config(models=models, memory={"budget": "1GiB"}), [facts(), facts()], 24 * GIB)
 
 
@@ -168,7 +169,8 @@ def test_a_static_model_is_outside_the_budget() -> None:
     sizing = plan_sizes(both, [facts(), facts()], 24 * GIB)
     alone = plan_sizes(config(models=[{"name": "a"}]), [facts()], 24 * GIB)
     assert sizing.budget_bytes == alone.budget_bytes
-    assert sizing.needed_bytes - alone.needed_bytes > 2 * 500 * MIB
+    assert sizing.needed_bytes - alone.needed_bytes > 2 * (500 * MIB + sizing.specs[1].spike_bytes)
+    assert sizing.weights_bytes == alone.weights_bytes
     assert sizing.specs[1].kv_rest_bytes == sizing.specs[1].kv_ceiling_bytes <= 500 * MIB
     assert plan_sizes(config(models=[{"elastic": False}]), [facts()], 24 * GIB).budget_bytes == 0
 

@@ -15,7 +15,7 @@ def replica(engine_id: str, **values: Any) -> dict[str, Any]:
     known = {
         "engine_id": engine_id, "model": "smol", "state": "LIVE", "pressure": "NORMAL", "used_bytes": 20 << 20,
         "held_bytes_os": 50 << 20, "limit_bytes": 512 << 20, "ceiling_bytes": 1 << 30, "host_bytes": 8 << 20,
-        "kv_usage": 0.25, "running": 2, "waiting": 3, "preemptions": 4, "set_aside": 5,
+        "start_bytes": 0, "kv_usage": 0.25, "running": 2, "waiting": 3, "preemptions": 4, "set_aside": 5,
         "inflate_count": 17, "deflate_count": 16, "target": {"revision": 8},
     }  # fmt: skip
     return known | values
@@ -35,7 +35,7 @@ def snapshot(*replicas: dict[str, Any]) -> dict[str, Any]:
         "dead_engines": 6, "running": 2, "waiting": 3, "replicas": list(replicas),
         "memory": {
             "weights_bytes": 538 << 20, "kv_used_bytes": 20 << 20, "kv_cached_bytes": 30 << 20,
-            "activation_bytes": 0, "free_bytes": 974 << 20, "host_buffer_bytes": 0,
+            "activation_bytes": 0, "start_bytes": 0, "free_bytes": 974 << 20, "host_buffer_bytes": 0,
         },
     }  # fmt: skip
     return {
@@ -59,7 +59,7 @@ def row_of(text: str, start: str) -> list[str]:
 
 def test_device_row_shows_memory_by_owner() -> None:
     """Each owner's bytes, the pressure and the report's age stand in the device's row."""
-    expected = f"{NODE[:8]} cpu ELEVATED 20.0Mi 30.0Mi 0B 974Mi 1.00Gi 538Mi 0B 0.1s"
+    expected = f"{NODE[:8]} cpu ELEVATED 20.0Mi 30.0Mi 0B 0B 974Mi 1.00Gi 538Mi 0B 0.1s"
     assert row_of(shown(snapshot(replica("app#model#abc12345"))), NODE[:8]) == expected.split()
 
 
@@ -88,8 +88,16 @@ def test_a_registry_that_is_away_is_said() -> None:
 
 def test_replica_that_is_not_live_shows_its_state() -> None:
     """While a replica starts or leaves, that is its status, not a pressure."""
-    text = shown(snapshot(replica("a", state="STARTING", pressure="NORMAL")))
+    text = shown(snapshot(replica("a", state="STARTING", pressure="NORMAL", start_bytes=512 << 20)))
     assert row_of(text, "a")[1] == "STARTING"
+    assert "waits" not in text
+
+
+def test_replica_that_waits_to_start_says_for_what() -> None:
+    """Its status, and below the table what the start takes and what its lease holds of that."""
+    text = shown(snapshot(replica("app#model#abc12345", state="STARTING", start_bytes=700 << 20)))
+    assert row_of(text, "abc12345")[1] == "WAITING"
+    assert "abc12345 waits to start: it takes 700Mi of the budget, and has 512Mi" in text
 
 
 def test_headline_sums_up() -> None:

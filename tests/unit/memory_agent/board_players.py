@@ -5,7 +5,7 @@ import subprocess
 import time
 from collections.abc import Callable
 
-from memory_agent.lease_board import LIMIT_UNIT_BYTES, EngineWord, Row
+from memory_agent.lease_board import LIMIT_UNIT_BYTES, MAX_ROWS, EngineWord, Row
 from memory_agent.lease_keeper import LeaseKeeper
 from memory_agent.tenant import EngineTerms
 
@@ -13,6 +13,9 @@ UNIT = LIMIT_UNIT_BYTES
 BUDGET = 1024 * UNIT
 GUARANTEE = 100 * UNIT
 FLOOR = 20 * UNIT
+WEIGHTS = 16 * UNIT
+ROOM = MAX_ROWS * WEIGHTS
+"""Set aside for weights: those of a full board."""
 
 
 class Processes:
@@ -35,9 +38,9 @@ class Processes:
 
 
 def terms(
-    engine_id: str, registrar_pid: int | None = None, guarantee: int = GUARANTEE, weight: float = 1
+    engine_id: str, registrar_pid: int | None = None, guarantee: int = GUARANTEE, weight: float = 1, start: int = 0
 ) -> EngineTerms:
-    return EngineTerms(engine_id, "model", guarantee, BUDGET, 1 << 20, registrar_pid or os.getpid(), weight)
+    return EngineTerms(engine_id, "model", guarantee, BUDGET, WEIGHTS, registrar_pid or os.getpid(), weight, start)
 
 
 def appear(row: Row, pid: int, workers: tuple[tuple[int, int], ...] = ()) -> None:

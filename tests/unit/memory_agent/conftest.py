@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from memory_agent.lease_keeper import LeaseKeeper
-from tests.unit.memory_agent.board_players import BUDGET, Clock, Processes
+from tests.unit.memory_agent.board_players import BUDGET, ROOM, Clock, Processes
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def keeper(path: Path) -> Iterator[LeaseKeeper]:
-    keeper = LeaseKeeper(path, BUDGET)
+    keeper = LeaseKeeper(path, BUDGET, ROOM)
     yield keeper
     keeper.close()
 

@@ -10,13 +10,13 @@ import pytest
 
 from memory_agent.lease_board import AgentWord, EngineWord, Row
 from memory_agent.lease_keeper import LeaseKeeper
-from tests.unit.memory_agent.board_players import BUDGET, UNIT, Clock, Processes, appear, terms
+from tests.unit.memory_agent.board_players import BUDGET, ROOM, UNIT, Clock, Processes, appear, terms
 
 
 def test_restarted_agent_goes_on_from_the_board(path: Path, processes: Processes) -> None:
     """Rows, limits, exposures, budget and counts survive; revisions go on growing; exits in between are noticed."""
     engine = processes.start()
-    keeper = LeaseKeeper(path, BUDGET)
+    keeper = LeaseKeeper(path, BUDGET, ROOM)
     live, dying = keeper.register(terms("a")), keeper.register(terms("b"))
     appear(live, os.getpid())
     appear(dying, engine.pid)
@@ -28,7 +28,7 @@ def test_restarted_agent_goes_on_from_the_board(path: Path, processes: Processes
     keeper.close()
     processes.end(engine)
 
-    again = LeaseKeeper(path, BUDGET)
+    again = LeaseKeeper(path, BUDGET, ROOM)
     row = again.board.row(live.index)
     assert again.board.budget_bytes == 800 * UNIT
     assert (row.lease, row.get(AgentWord.EXPOSURE_BYTES)) == (lease, exposure)
@@ -44,13 +44,13 @@ def test_restarted_agent_goes_on_from_the_board(path: Path, processes: Processes
 def test_reused_pid_is_not_taken_for_the_engine(path: Path, processes: Processes) -> None:
     """If the engine died while the agent was away and its pid is another's now, the row is freed."""
     engine = processes.start()
-    keeper = LeaseKeeper(path, BUDGET)
+    keeper = LeaseKeeper(path, BUDGET, ROOM)
     row = keeper.register(terms("a"))
     appear(row, engine.pid)
     keeper.tick(1.0)
     row.set(AgentWord.ENGINE_START, row.get(AgentWord.ENGINE_START) - 1)
     keeper.close()
-    again = LeaseKeeper(path, BUDGET)
+    again = LeaseKeeper(path, BUDGET, ROOM)
     again.tick(1.0)
     assert again.tenants == []
     again.close()
@@ -60,7 +60,7 @@ def test_reused_pid_is_not_taken_for_the_engine(path: Path, processes: Processes
 def test_random_life_never_overcommits(path: Path, processes: Processes, seed: int) -> None:
     """Engines that act in any order, agent restarts at any point: committed bytes never exceed the budget."""
     chance = random.Random(seed)
-    keeper, now_s = LeaseKeeper(path, BUDGET), 0.0
+    keeper, now_s = LeaseKeeper(path, BUDGET, ROOM), 0.0
     engines: dict[str, subprocess.Popen[bytes]] = {}
     read: dict[str, int] = {}
     deaths = 0

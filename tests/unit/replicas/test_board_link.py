@@ -1,4 +1,4 @@
-"""A replica's tie to its row: an engine is not started before its lease holds its first bytes."""
+"""A replica's tie to its row: an engine is not started before its lease holds its start."""
 
 import logging
 import threading
@@ -23,8 +23,8 @@ def issue(row: Row, units: int) -> None:
     row.set(AgentWord.LEASE, Lease(units * LIMIT_UNIT_BYTES, row.lease.revision + 1).pack())
 
 
-def test_an_engine_waits_for_the_lease_of_its_first_bytes(row: Row) -> None:
-    """A lease below the rest holds the start up, also one that grows bit by bit; one that reaches it lets it go."""
+def test_an_engine_waits_for_the_lease_of_its_start(row: Row) -> None:
+    """A lease below what it takes holds the start up, also one that grows bit by bit; one that reaches it does not."""
     issue(row, 1)
     waiting = threading.Thread(target=wait_for_lease, args=(row, 3 * LIMIT_UNIT_BYTES))
     waiting.start()
@@ -43,8 +43,8 @@ def test_a_lease_that_is_there_costs_no_wait(row: Row, monkeypatch: pytest.Monke
     wait_for_lease(row, 3 * LIMIT_UNIT_BYTES)
 
 
-def test_a_long_wait_is_told(row: Row, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Who waits, for how much, and for whom."""
+def test_a_wait_is_told(row: Row, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Who waits, for how much, and for whom, at once and again; and that it is over."""
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -58,6 +58,7 @@ def test_a_long_wait_is_told(row: Row, monkeypatch: pytest.MonkeyPatch, caplog: 
         logging.getLogger("ray.serve").addHandler(caplog.handler)
         wait_for_lease(row, 3 * LIMIT_UNIT_BYTES)
         logging.getLogger("ray.serve").removeHandler(caplog.handler)
-    told = [line for line in caplog.messages if "engine starting has waited" in line]
-    assert told
-    assert f"its lease is 0 bytes, {3 * LIMIT_UNIT_BYTES} are needed" in told[0]
+    first, *again, end = [line for line in caplog.messages if "engine starting" in line]
+    assert f"its lease is 0 bytes, its start takes {3 * LIMIT_UNIT_BYTES}" in first
+    assert again
+    assert "engine starting starts, after" in end

@@ -35,7 +35,7 @@ class Device:
 
     def _start(self, folder: Path, name: str) -> ModellessEngine:
         spec = modelless_spec(folder, ceiling_blocks=BUDGET_BLOCKS)
-        terms = EngineTerms(name, "none", spec.kv_guarantee_bytes, spec.kv_ceiling_bytes, 1, os.getpid())
+        terms = EngineTerms(name, "none", spec.kv_guarantee_bytes, spec.kv_ceiling_bytes, 0, os.getpid())
         row = self.keeper.register(terms)
         return ModellessEngine(folder / "board", row.index, self.clock, spec)
 
