@@ -214,7 +214,7 @@ def test_an_engine_on_a_gpu_gets_our_worker_and_may_share_the_device(on_gpu: Non
 
 
 def test_an_engine_on_a_cpu_gets_nothing_of_it(tmp_path: Path) -> None:
-    """Worker and share of memory are vLLM's."""
+    """Its worker is that for a CPU, and the share of memory is vLLM's."""
     config = build_vllm_config(modelless_spec(tmp_path), str(tmp_path / "board"), 0)
     assert config.parallel_config.worker_cls == "replicas.cpu_worker.ElasticCpuWorker"
     assert config.cache_config.gpu_memory_utilization > 0.5
