@@ -25,7 +25,6 @@ from cluster.api_errors import error_answer, no_such_model
 from cluster.api_metrics import MetricsEndpoint
 from cluster.api_routes import API_ROUTES, RouteState
 from cluster.cluster_status import ControllerAwayError, read_snapshot
-from cluster.disconnect import CancelledAsDisconnect
 from cluster.model_table import ModelTable, ServedModel
 from cluster.models_api import RegistryAwayError, model_routes, read_models
 
@@ -63,7 +62,7 @@ def build_api(table: ModelTable, metrics: MetricsEndpoint, follow: Callable[[], 
         *model_routes(),
         *(_refusal(route.path, route.note) for route in API_ROUTES if route.state is RouteState.NOT_YET),
         Route("/v1/models", all_models),
-        Mount("/", CancelledAsDisconnect(ModelSwitch(table))),
+        Mount("/", ModelSwitch(table)),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
 

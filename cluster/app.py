@@ -14,7 +14,6 @@ from urllib.parse import quote
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
-from starlette.applications import Starlette
 
 from cluster.router import PressureRouter
 from replicas.environment import engine_environment
@@ -22,9 +21,8 @@ from replicas.replica import EngineReplica
 from replicas.spec import EngineSpec
 
 if TYPE_CHECKING:
-    from cluster.config import ModelConfig
+    from cluster.config import HttpConfig, ModelConfig
     from cluster.model_plan import IngressState
-    from cluster.model_table import ModelTable
     from memory_agent.agent import AgentSpec
 
 APP_NAME = "ellm"
@@ -38,6 +36,8 @@ INGRESS_REQUEST_LIMIT = 8192
 REPLICA_CPUS = 0.01
 """A share for Ray's bookkeeping only: what an engine's threads use is in its environment."""
 SHUTDOWN_TIMEOUT_S = 20.0
+DRAIN_S = 15
+"""Of these, for requests that an ingress has when it is stopped."""
 _QUIET = LoggingConfig(enable_access_log=False)
 
 
@@ -56,19 +56,19 @@ def model_app_name(model: str) -> str:
     return MODEL_APPS + quote(model, safe="")
 
 
-def build_api_app(ingress_replicas: int) -> serve.Application:
+def build_api_app(http: "HttpConfig") -> serve.Application:
     """The API over all models of the registry."""
     ingress = serve.deployment(
         name=API_DEPLOYMENT,
-        num_replicas=ingress_replicas,
-        max_ongoing_requests=INGRESS_REQUEST_LIMIT,
+        num_replicas=http.ingress_replicas,
+        health_check_period_s=2.0,
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.5,
         logging_config=_QUIET,
         ray_actor_options={"num_cpus": REPLICA_CPUS},
-    )(serve.ingress()(ApiIngress))
-    return ingress.bind()
+    )(ApiIngress)
+    return ingress.bind(http.host, http.port)
 
 
 def build_model_app(
@@ -102,21 +102,29 @@ def _engine_deployment(replicas: int, environment: dict[str, str]) -> Any:
 
 
 class ApiIngress:
-    """Serves the API. Ray Serve builds one for each ingress replica; it is ready when it has every model that the
-    cluster serves already."""
+    """Serves the API on an address of its node, which all its replicas there share. Built when it takes requests, with
+    every model that the cluster serves already."""
 
-    def __init__(self) -> None:
-        self._table: ModelTable | None = None
-
-    async def __serve_build_asgi_app__(self) -> Starlette:
-        """Called by Ray Serve once, on the event loop that will serve requests."""
+    async def __init__(self, host: str, port: int) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        """Must run on the event loop that will serve requests, as Ray Serve does it. Raises OSError where nothing can
+        listen at ``host:port``."""
+        from cluster.http_server import HttpServer
         from cluster.ingress import build_ingress
 
         self._table, api = await build_ingress(REPLICA_REQUEST_LIMIT)
-        return api
+        self._server = HttpServer(api, host, port, INGRESS_REQUEST_LIMIT, DRAIN_S)
+        await self._server.start()
 
     async def model_state(self) -> "IngressState":
         """Asked by the registry: the models of this process."""
-        if self._table is None:
-            raise RuntimeError("the API is still being built")
         return self._table.state()
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve: raises where the server has ended, which replaces this process."""
+        if not self._server.serves:
+            raise RuntimeError("the HTTP server has ended")
+
+    async def __del__(self) -> None:
+        """Ray Serve's destructor: let the requests that run end."""
+        if (server := getattr(self, "_server", None)) is not None:
+            await server.stop()

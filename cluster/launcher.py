@@ -216,10 +216,9 @@ class LocalCluster:
         from cluster.app import APP_NAME, build_api_app
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        http = self.config.http
         self._undo.append(("replicas and API", _end_applications))
-        serve.start(http_options={"host": http.host, "port": http.port}, logging_config={"log_level": "WARNING"})
-        target = serve.RunTarget(build_api_app(http.ingress_replicas), name=APP_NAME, route_prefix="/")
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+        target = serve.RunTarget(build_api_app(self.config.http), name=APP_NAME, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
         self._wait_until_serving(registry, say)
 
