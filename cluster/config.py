@@ -168,7 +168,8 @@ class HttpConfig(_Section):
     port: int = Field(default=8000, ge=1, le=65535)
     """TCP port of the API, /health, /metrics and /ellm/status."""
     ingress_replicas: int = Field(default=1, ge=1, le=64)
-    """Processes that tokenise, route and stream. One is right up to a few thousand tokens a second."""
+    """Processes that tokenise, route and stream; those of a host share the port. One is right up to a few thousand
+    tokens a second."""
 
 
 class SloClass(_Section):

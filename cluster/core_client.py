@@ -109,7 +109,7 @@ class ClusterCore:
         if request.resumable or request.request_id in self._relays:
             raise VLLMValidationError("input that arrives in several parts does not work on a cluster of replicas yet")
         relay = self._relays[request.request_id] = Relay(request)
-        # A context of its own: Ray Serve would otherwise cancel the stream with the HTTP request that happens to be
+        # A context of its own: Ray Serve would otherwise cancel the call with whatever request of its own happens to be
         # current here, beside the abort that vLLM sends anyway.
         relay.task = asyncio.get_running_loop().create_task(self._relay(relay), context=contextvars.Context())
 

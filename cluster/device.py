@@ -93,7 +93,7 @@ def _extents(granularity_bytes: int, block_bytes: int) -> ExtentMap:
 HOST = Device(
     name="cpu",
     block_tokens=128,
-    # Ray, Serve's controller and proxy, the memory agent, the controller and the ingress: 1.5 GiB measured.
+    # Ray, Serve's controller, the memory agent, the controller and the ingress: 1.5 GiB measured.
     base_bytes=7 * GIB // 4,
     # Replica actor, engine core and worker: 1.2 GiB measured, and room for activations.
     replica_bytes=3 * GIB // 2,

@@ -15,7 +15,7 @@ from cluster.launcher import LocalCluster
 def main() -> None:
     port, pace, ingresses, replicas = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     model = ModelConfig(
-        name=MODEL, replicas=replicas, elastic=False, max_model_len=4096, max_num_seqs=128, paced_tokens_per_s=pace
+        name=MODEL, replicas=replicas, elastic=False, max_model_len=8192, max_num_seqs=128, paced_tokens_per_s=pace
     )
     config = ClusterConfig(models=[model], http=HttpConfig(port=port, ingress_replicas=ingresses))
     with LocalCluster(config, lambda stage, seconds, line: print(f"{stage} {seconds:.1f} {line}", file=sys.stderr)):
