@@ -21,6 +21,14 @@ GIB = 1 << 30
 _STEP_RESERVE = 2
 """Activations of the largest step of a GPU are taken at so many times their estimate: vLLM runs such a step before any
 lease is asked, and torch keeps more than a step uses. Not measured."""
+_LOAD_BYTES = 24 << 20
+"""Engine core and worker of a host hold up to 18 MiB more while they start than when they are live: RssAnon of both,
+100 times a second, SmolLM2 and a model of 629 million parameters, in bfloat16 and float32. Matrices are packed one by
+one, so neither size nor type of the weights shows (``replicas.cpu_worker``; with glibc's heap as it is it was 111 MiB).
+Mapped pages of the checkpoint do not count: the kernel drops them when memory is short."""
+_COMPILE_BYTES = 128 << 20
+"""Likewise what compiling takes, with the C++ compiler: up to 124 MiB for SmolLM2, in which are already the activations
+of the step that vLLM runs for it, of 512 to 4,096 tokens."""
 _MANY_BLOCKS = 1 << 16
 
 
@@ -58,6 +66,13 @@ class Device:
         """Kept free for the largest step of an engine, whoever is charged for it later. A host has it in its
         replica_bytes."""
         return _STEP_RESERVE * step_bytes(tokens, token_bytes, rows, row_bytes) if self.is_gpu else 0
+
+    def spike_bytes(self, compiled: bool, largest_step_bytes: int) -> int:
+        """What an engine holds for a while when it starts, beside what it keeps. Where it is compiled vLLM runs its
+        largest step at the start, whose activations are given. A GPU has all of that in its step reserve."""
+        if self.is_gpu:
+            return 0
+        return _LOAD_BYTES + (_COMPILE_BYTES + largest_step_bytes if compiled else 0)
 
 
 @dataclass(frozen=True)

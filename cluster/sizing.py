@@ -59,7 +59,7 @@ class EngineSizes:
     least_bytes: the smallest guarantee that is possible; guarantee_bytes: the one that was chosen, or that.
     spike_bytes: what its start holds for a while beside weights and KV memory.
     static_bytes: KV bytes of one replica that is not elastic, held all the time; fixed_bytes: these, weights, process,
-    and on a host its host buffer, and the spike where no lease holds it; of a paced one, which has none of these, the
+    on a host its host buffer, and the spike where no lease holds it; of a paced one, which has none of these, the
     process.
     """
 
@@ -121,9 +121,13 @@ class EngineSizes:
 
     @property
     def spike_bytes(self) -> int:
-        """Held for a while at the start, beside weights and KV memory. On a GPU weights are not packed, and the reserve
-        for its largest step is there already."""
-        return 0 if self.device.is_gpu else -down(-self.facts.weights_bytes // 2, LIMIT_UNIT_BYTES)
+        """Held for a while at the start, beside weights and KV memory."""
+        model, facts = self.model, self.facts
+        largest = step_bytes(
+            model.max_num_batched_tokens, facts.activation_token_bytes, model.max_num_seqs, facts.logits_row_bytes
+        )
+        compiled = not model.engine_args.get("enforce_eager", True)
+        return -down(-self.device.spike_bytes(compiled, largest), LIMIT_UNIT_BYTES)
 
     @property
     def static_bytes(self) -> int:
@@ -188,7 +192,7 @@ def start_room(elastic: Sequence[EngineSizes]) -> int:
 
 
 def automatic_budget(guarantees: int, start: int) -> int:
-    """The budget that is wished for where its size is left to the cluster."""
+    """The budget that is wished for where its size is left to the cluster, on a host."""
     return max(2 * guarantees, guarantees + start, GIB)
 
 

@@ -201,6 +201,16 @@ def test_free_memory_is_bounded_by_the_container(tmp_path: Path) -> None:
     assert free_memory_bytes(v2, v1) == 0
 
 
+def test_a_start_takes_more_where_the_model_is_compiled() -> None:
+    """vLLM then runs its largest step at the start, before any request: its activations are part of the spike. On a GPU
+    that is reserved for good, and no start needs anything of the budget."""
+    compiled = config(models=[{"engine_args": {"enforce_eager": False}, "max_num_batched_tokens": 8192}])
+    eager = config(models=[{"max_num_batched_tokens": 8192}])
+    spikes = [plan_sizes(one, [facts()], 24 * GIB).specs[0].spike_bytes for one in (eager, compiled)]
+    assert spikes[1] - spikes[0] > 8192 * facts().activation_token_bytes
+    assert plan_sizes(compiled, [facts()], 24 * GIB, GPU).specs[0].spike_bytes == 0
+
+
 def test_host_buffers_count_beside_the_budget() -> None:
     """Each elastic replica has one; memory that they need is not promised to KV memory."""
     asked = config(models=[{"replicas": 2}], memory={"host_buffer": "512MiB"})
