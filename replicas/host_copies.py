@@ -43,7 +43,6 @@ class HostCopies:
         for copy in work.load:
             parts = self._blocks.room(copy.block_id)
             if self._segment.read_into(copy.slot, copy.key, parts):
-                self._blocks.put(copy.block_id)
                 self._report.loaded_bytes += sum(part.nbytes for part in parts)
             else:
                 # Whoever gets the block next reads all of it where they fill a part, times zero: it may hold no NaN.
@@ -51,6 +50,7 @@ class HostCopies:
                     part[...] = 0
                 self._report.unloaded.append(copy.key)
                 self._invalid.add(copy.block_id)
+            self._blocks.put(copy.block_id)
         self._report.load_s = time.perf_counter() - started
 
     def start_forward(self, tokens: int, rows: int) -> None:

@@ -18,7 +18,7 @@ from memory_agent.extents import KvGeometry, KvRegion
 from memory_agent.host_segment import HostSegment
 from replicas.break_even import Move
 from replicas.host_copies import HostCopies
-from replicas.host_moves import HostReport
+from replicas.host_moves import HostCopy, HostReport, HostWork
 from replicas.host_tier import HostTier
 from replicas.host_traffic import HostTraffic
 from replicas.kv_blocks import HostBlocks
@@ -171,6 +171,19 @@ def test_what_is_disbelieved_is_not_kept(world: World) -> None:
     world.tier.disbelieve(range(1, 3))
     assert world.run("a", 4) == 0
     assert world.buffer.taken_slots == 0
+
+
+def test_a_block_that_could_not_be_loaded_holds_zeros(world: World) -> None:
+    """What was read of a damaged one may be NaN, which whoever gets the block next would compute with."""
+    key, copies, device = b"k" * 32, world.copies[0], world.device[0]
+    device[:, 2] = 7
+    copies.store(HostWork(1, store=[HostCopy(0, 2, key)]))
+    with world.segments[0].path.open("r+b") as file:
+        file.seek(-SLOTS * mmap.PAGESIZE, os.SEEK_END)
+        file.write(b"\xff" * 8)  # of the first slot
+    copies.load(HostWork(2, load=[HostCopy(0, 3, key)]))
+    assert copies.take_invalid_blocks() == {3}
+    assert not device[:, 3].any()
 
 
 def test_a_block_counts_when_every_rank_has_stored_it(tmp_path: Path) -> None:
