@@ -20,6 +20,9 @@ from tests.integration.shaken_engine import prompts, swinging
 from tests.integration.tiny_models import BLOCK_BYTES, CEILING_BLOCKS, IDS, LIMITS_BYTES, tiny_llama, tiny_spec
 
 TOKENS = 100
+PROMPTS = prompts(12, IDS)[1:]
+"""Without the first, of whose tokens one is a tie: its logit is the largest by 3e-6, and computing what is before it
+again, in other chunks, may turn that."""
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +38,7 @@ def reference(model: Path, ranks: int) -> list[list[int]]:
 
     async def run() -> list[list[int]]:
         async with local_engine(tiny_spec(model, elastic=False, ranks=ranks), None) as plain:
-            return await plain.generate_all(prompts(12, IDS), TOKENS, "reference")
+            return await plain.generate_all(PROMPTS, TOKENS, "reference")
 
     return asyncio.run(run())
 
@@ -60,7 +63,7 @@ def test_one_token_is_computed_again(
         async with local_engine(spec, tmp_path / "board", instruments=recording()) as e:
             async with swinging(e, LIMITS_BYTES):
                 for name in ("first", "second", "third"):
-                    assert await e.generate_all(prompts(12, IDS), TOKENS, name) == wanted
+                    assert await e.generate_all(PROMPTS, TOKENS, name) == wanted
             assert e.word(EngineWord.HOST_LOADED_TAILS) > 0
 
     asyncio.run(run())
@@ -86,7 +89,7 @@ def test_damaged_kv_costs_no_token(
         async with local_engine(spec, tmp_path / "board", instruments=recording()) as e:
             async with swinging(e, LIMITS_BYTES), scribbling(host_segment_path(tmp_path / "board", 0, 0)):
                 for name in ("first", "second", "third"):
-                    assert await e.generate_all(prompts(12, IDS), TOKENS, name) == wanted
+                    assert await e.generate_all(PROMPTS, TOKENS, name) == wanted
             assert e.word(EngineWord.HOST_DAMAGED_BLOCKS) > 3
             assert e.word(EngineWord.HOST_LOADED_TAILS) > 0
 
@@ -95,7 +98,7 @@ def test_damaged_kv_costs_no_token(
 
 @asynccontextmanager
 async def scribbling(path: Path) -> AsyncIterator[None]:
-    """Every few milliseconds some bytes of a block in this segment are overwritten."""
+    """Twenty times a second some bytes of a block in this segment are overwritten."""
     rng = random.Random(5)
 
     async def scribble() -> None:
@@ -105,7 +108,7 @@ async def scribbling(path: Path) -> AsyncIterator[None]:
             while True:
                 if slots := list(segment.scan().values()):
                     os.pwrite(fd, rng.randbytes(64), segment._slots_at + rng.choice(slots) * segment._stride)
-                await asyncio.sleep(0.005)
+                await asyncio.sleep(0.05)
         finally:
             os.close(fd)
             segment.close()
