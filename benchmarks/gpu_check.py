@@ -8,7 +8,7 @@ other figures are taken all the same), 2 no GPU.
     backed_map_us, backed_unmap_us            likewise in a range that shows scratch where no chunk is (a KV cache)
     commit_gb_per_s, return_gb_per_s          bytes over (create + map), and over (unmap + release), for that chunk
     activation_ratio                          time of a forward outside the pool over inside it, medians of turns
-    no_pressure_..., moves_share, ...         `make bench-elastic ARGS="--scenario no-pressure"`, where vLLM is there
+    concurrency_ratio, no_pressure_..., ...   ``benchmarks.gpu_engines``, where vLLM is there
 """
 
 import argparse
@@ -64,10 +64,10 @@ def timed_us(call: Callable[[], object]) -> float:
 
 
 def run_engines() -> dict[str, float] | None:
-    """Figures of an elastic engine where memory is plentiful; None where it failed, none where there is no vLLM."""
+    """Figures of engines; None where they failed, none where there is no vLLM."""
     if not any(metadata.distributions(name="vllm")):
         return {}
-    command = [sys.executable, "-m", "benchmarks.elastic", "--scenario", "no-pressure"]
+    command = [sys.executable, "-m", "benchmarks.gpu_engines"]
     done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True)
     print(done.stdout)
     if done.returncode:

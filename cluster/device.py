@@ -13,6 +13,7 @@ from importlib import metadata, util
 
 from cluster.gpus import Gpu, chosen_gpu, list_gpus, pinned
 from cluster.host_memory import free_memory_bytes
+from memory_agent.cuda_vmm import CHUNK_GRANULES
 from memory_agent.errors import SettingsError
 from memory_agent.extents import ExtentMap, KvGeometry, KvRegion, choose_chunk_bytes
 from replicas.spec import step_bytes
@@ -41,7 +42,7 @@ class Device:
         block_tokens: vLLM's default KV block.
         base_bytes: of the device's memory, taken by what is no engine.
         replica_bytes: of it, taken by one engine without weights, KV memory and activations.
-        granularity_bytes: of KV memory; 0 where extents are as small as blocks.
+        granularity_bytes: of what the driver maps; 0 where extents are as small as blocks.
         spare_share: of what is free, left to others.
     """
 
@@ -102,7 +103,8 @@ def _extents(granularity_bytes: int, block_bytes: int) -> ExtentMap:
     """Those of a large KV cache on a GPU whose blocks lie one behind the other."""
     region = KvRegion(0, 1, block_bytes, block_bytes, block_bytes)
     geometry = KvGeometry(_MANY_BLOCKS * block_bytes, _MANY_BLOCKS, (region,))
-    return ExtentMap(geometry, choose_chunk_bytes(geometry, granularity_bytes, granularity_bytes))
+    least, most = (granules * granularity_bytes for granules in CHUNK_GRANULES)
+    return ExtentMap(geometry, choose_chunk_bytes(geometry, granularity_bytes, most, least))
 
 
 HOST = Device(

@@ -15,6 +15,8 @@ torch asks for a segment through a C function pointer; a ctypes callback is one.
 
 import ctypes
 import logging
+import os
+import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -116,7 +118,7 @@ class CudaAllocator:
 
         self._torch: Any = torch  # untyped where it matters here
         self._torch.cuda.init()
-        settings = self._torch._C._accelerator_getAllocatorSettings().replace(" ", "")
+        settings = _allocator_settings(torch).replace(" ", "")
         if "expandable_segments:True" in settings:
             raise SettingsError("elastic activations need expandable_segments off: unset it in PYTORCH_ALLOC_CONF")
         # The old ones again: torch resets some of those that a new text does not name.
@@ -125,7 +127,14 @@ class CudaAllocator:
         self._device = device
         self.segments = Segments(vmm, pool)
         self._refusal: BaseException | None = None
-        self._request = SegmentRequest(self._give_segment)  # torch keeps its bare address: it must live as long as we
+        # Without a cycle: a MemPool that ends whenever garbage is collected, while another one is in use, aborts.
+        give = weakref.WeakMethod(self._give_segment)
+
+        def request_segment(size_bytes: int, device: int, stream: int | None) -> int | None:
+            living = give()
+            return living(size_bytes, device, stream) if living is not None else None
+
+        self._request = SegmentRequest(request_segment)  # torch keeps its bare address: it must live as long as we
         # Native, needs no GIL, ignores its arguments and touches nothing: see the module's docstring.
         request, release = (
             ctypes.cast(function, ctypes.c_void_p).value
@@ -184,3 +193,10 @@ class CudaAllocator:
             return None
         self._refusal = None
         return address
+
+
+def _allocator_settings(torch: Any) -> str:
+    """Those in force, as PYTORCH_ALLOC_CONF names them. Torch before 2.12 tells what it was started with only."""
+    if tell := getattr(torch._C, "_accelerator_getAllocatorSettings", None):
+        return str(tell())
+    return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""

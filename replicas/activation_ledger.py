@@ -42,6 +42,8 @@ class StepAllowance:
         return StepAllowance(self.tokens, self.charged_bytes - self.keep_bytes + keep_bytes, keep_bytes)
 
 
+_KEEP_POOLED = 2
+"""Times what the steps before have left in a pool: what is known of it is a step or two old."""
 _KEEP_FROM, _KEEP_WHILE = 4, 2
 """Steps whose activations the heap must be able to keep before it begins to keep any, and from then on."""
 
@@ -52,12 +54,14 @@ class ActivationLedger:
     Args:
         token_bytes: a worker's activation bytes of a token, before any was measured.
         row_bytes: a worker's bytes of the logits of one request, likewise.
+        pooled: workers give back at once what they may not keep; a heap has to be told before it frees.
     """
 
-    def __init__(self, token_bytes: int, row_bytes: int, ranks: int) -> None:
+    def __init__(self, token_bytes: int, row_bytes: int, ranks: int, pooled: bool = False) -> None:
         self._forward = ActivationProfile(token_bytes)
         self._logits = ActivationProfile(row_bytes)
         self._ranks = ranks
+        self._pooled = pooled
         self._expected = 0
         self.held_bytes = 0
         """Kept after the last step that was reported; on the worker that reported last, times the ranks."""
@@ -90,7 +94,9 @@ class ActivationLedger:
     def keep_in(self, slack_bytes: int, tokens: int, rows: int) -> int:
         """Of ``slack_bytes`` of the lease that nothing else wants now, what the heaps may keep beside steps of
         ``tokens`` of ``rows`` requests: half, or nothing where that is little, or where no step so large was measured
-        yet."""
+        yet. A pool may keep what steps have left there, which it would take anew for the next one like them."""
+        if self._pooled:
+            return max(0, min(slack_bytes, _KEEP_POOLED * max(self.held_bytes, self._expected)))
         if tokens > self._forward.largest_tokens or rows > self._logits.largest_tokens:
             return 0
         keep = slack_bytes // 2

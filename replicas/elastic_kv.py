@@ -15,7 +15,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from memory_agent.extents import ExtentMap, KvGeometry
-from memory_agent.lease_board import AgentWord, EngineWord, LeaseBoard
+from memory_agent.lease_board import NO_FD, AgentWord, EngineWord, LeaseBoard
 from memory_agent.vmm import ContractViolation
 from replicas.activation_ledger import ActivationLedger, ActivationSample, StepAllowance
 from replicas.elastic_settings import ElasticSettings
@@ -85,7 +85,8 @@ class ElasticKv:
         self._unmap_retry_at = 0.0
         self._idle_shrink = False
         self._idle_since: float | None = clock()
-        self.activations = ActivationLedger(settings.token_bytes, settings.row_bytes, self._ranks)
+        pooled = first.memory_fd == NO_FD  # a GPU's
+        self.activations = ActivationLedger(settings.token_bytes, settings.row_bytes, self._ranks, pooled)
         self._allowance = StepAllowance(0, 0)
         self._rest_now = False
         self._before = Holding(0, 0)

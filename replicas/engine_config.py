@@ -15,6 +15,8 @@ from replicas.spec import EngineSpec
 
 _ELASTIC_ON_GPU = {"worker_cls": "replicas.gpu_worker.ElasticGpuWorker"}
 _ELASTIC_ON_CPU = {"worker_cls": "replicas.cpu_worker.ElasticCpuWorker"}
+_GPU_MAP_BATCH_BYTES = 256 << 20
+"""A step that moves memory waits for the GPU: few large moves cost less than many small ones."""
 _SHARED_GPU = {"gpu_memory_utilization": 0.05}
 """vLLM wants this share of a GPU to be free when an engine starts; what it uses is decided by kv_cache_memory_bytes."""
 
@@ -55,6 +57,7 @@ def build_vllm_config(spec: EngineSpec, board_path: str = "", row: int = 0) -> V
         weights_identity=model_identity(spec.model_path) if spec.host_buffer_bytes else "",
         ttft_slo_s=spec.ttft_slo_ms / 1000,
         tpot_slo_s=spec.tpot_slo_ms / 1000,
+        **({"map_batch_bytes": _GPU_MAP_BATCH_BYTES} if current_platform.is_cuda() else {}),
     )
     transfer = KVTransferConfig(
         kv_connector="ElasticKVConnector",

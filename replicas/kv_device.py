@@ -9,7 +9,7 @@ from vllm.platforms import current_platform
 
 from memory_agent.chunks import ChunkPool
 from memory_agent.cuda_allocator import CudaAllocator
-from memory_agent.cuda_vmm import CudaVmm
+from memory_agent.cuda_vmm import CHUNK_GRANULES, CudaVmm
 from memory_agent.extents import KvGeometry
 from memory_agent.host_vmm import HostVmm
 from memory_agent.lease_board import NO_FD
@@ -25,8 +25,8 @@ class KvDevice(Protocol):
     def vmm(self) -> Vmm: ...
 
     @property
-    def largest_chunk_bytes(self) -> int:
-        """Largest chunk wanted."""
+    def chunk_bytes(self) -> tuple[int, int]:
+        """The smallest and the largest chunk wanted."""
         ...
 
     @property
@@ -64,7 +64,7 @@ class HostDevice:
     """Host memory. Kernels touch mapped blocks alone, and what the backend holds is the operating system's count."""
 
     spare_bytes = 0
-    largest_chunk_bytes = 4 << 20
+    chunk_bytes = 0, 4 << 20
 
     def __init__(self, vmm: HostVmm) -> None:
         self.vmm = vmm
@@ -88,7 +88,7 @@ class HostDevice:
 
 
 class CudaDevice:
-    """The memory of one NVIDIA GPU, in chunks of the driver's granularity.
+    """The memory of one NVIDIA GPU, in chunks of a few of the driver's granules.
 
     Args:
         ordinal: as CUDA counts; driver: as for CudaVmm; torch_device: of the tensors, by default that GPU.
@@ -101,7 +101,8 @@ class CudaDevice:
     def __init__(self, ordinal: int, driver: Any = None, torch_device: torch.device | None = None) -> None:
         self._ordinal = ordinal
         self.vmm = CudaVmm(ordinal, driver)
-        self.largest_chunk_bytes = self.vmm.granularity_bytes
+        least, most = CHUNK_GRANULES
+        self.chunk_bytes = least * self.vmm.granularity_bytes, most * self.vmm.granularity_bytes
         self.spare_bytes = self.vmm.device_bytes()[1]
         self._torch_device = torch_device or torch.device("cuda", ordinal)
 

@@ -36,10 +36,10 @@ class KvMemory:
 
     def __init__(self, geometry: KvGeometry, rest_bytes: int, device: KvDevice | None = None) -> None:
         # Room for the last slot, rounded up to a chunk; only committed bytes count.
-        self.device = device or HostDevice(HostVmm("ellm-kv", geometry.size_bytes + HostDevice.largest_chunk_bytes))
-        vmm, largest = self.device.vmm, self.device.largest_chunk_bytes
-        fewest = -(-geometry.size_bytes // vmm.max_mappings)
-        self.chunk_bytes = choose_chunk_bytes(geometry, vmm.granularity_bytes, largest, floor_bytes=fewest)
+        self.device = device or HostDevice(HostVmm("ellm-kv", geometry.size_bytes + HostDevice.chunk_bytes[1]))
+        vmm, (least, largest) = self.device.vmm, self.device.chunk_bytes
+        least = max(least, -(-geometry.size_bytes // vmm.max_mappings))
+        self.chunk_bytes = choose_chunk_bytes(geometry, vmm.granularity_bytes, largest, floor_bytes=least)
         self.fd = self.device.memory_fd
         self._geometry = geometry
         self._extents = ExtentMap(geometry, self.chunk_bytes)

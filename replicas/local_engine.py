@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from vllm.config import VllmConfig
@@ -16,12 +17,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
-from memory_agent.agent import Registration
 from memory_agent.lease_board import LIMIT_UNIT_BYTES, NO_FD, AgentWord, EngineWord, Lease, LeaseBoard, Row, RowState
 from replicas.engine_config import build_vllm_config
 from replicas.environment import engine_environment, environment
 from replicas.spec import EngineSpec
 from replicas.vllm_plugin import own_engine_processes
+
+if TYPE_CHECKING:  # it brings Ray, which an engine does without
+    from memory_agent.agent import Registration
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ async def local_engine(
 
 @asynccontextmanager
 async def local_engine_at(
-    spec: EngineSpec, place: Registration, engines: int = 1, instruments: Instruments = _BARE
+    spec: EngineSpec, place: "Registration", engines: int = 1, instruments: Instruments = _BARE
 ) -> AsyncIterator[LocalEngine]:
     """Start an elastic engine at a row that a memory agent has given."""
     row = LeaseBoard.open(Path(place.board_path)).row(place.row)

@@ -6,16 +6,17 @@ Only processor time of the scheduling thread counts, so that being stopped or cr
 import mmap
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from replicas.elastic_scheduler import ElasticScheduler
+from replicas.elastic_scheduler import ElasticAsyncScheduler, ElasticScheduler
 
 _KEY = "scheduler_times"
 _FORMAT = struct.Struct("<QQ")
@@ -41,8 +42,8 @@ def timed(path: Path) -> Callable[[VllmConfig], None]:
     path.write_bytes(bytes(_FORMAT.size))
 
     def prepare(config: VllmConfig) -> None:
-        elastic = str(config.scheduler_config.scheduler_cls).endswith(ElasticScheduler.__name__)
-        chosen = TimedElasticScheduler if elastic else TimedScheduler
+        elastic = config.scheduler_config.scheduler_cls is not None
+        chosen = _TIMED[elastic, bool(config.scheduler_config.async_scheduling)]
         config.scheduler_config.scheduler_cls = f"{__name__}.{chosen.__name__}"
         config.additional_config = {_KEY: str(path)}
 
@@ -77,5 +78,22 @@ class TimedScheduler(_Timed):
     """vLLM's own."""
 
 
+class TimedAsyncScheduler(_Timed, AsyncScheduler):
+    """vLLM's own, asynchronous."""
+
+
 class TimedElasticScheduler(_Timed, ElasticScheduler):
     """The elastic one."""
+
+
+class TimedElasticAsyncScheduler(_Timed, ElasticAsyncScheduler):
+    """Likewise, asynchronous."""
+
+
+_TIMED: Mapping[tuple[bool, bool], type[_Timed]] = {
+    (False, False): TimedScheduler,
+    (False, True): TimedAsyncScheduler,
+    (True, False): TimedElasticScheduler,
+    (True, True): TimedElasticAsyncScheduler,
+}
+"""By whether the engine is elastic, and asynchronous."""

@@ -18,12 +18,12 @@ from tests.integration.shaken_engine import prompts, settled, swinging
 from tests.integration.tiny_models import IDS, tiny_llama, tiny_spec
 
 MIB = 1 << 20
-EXTENT_BYTES = 2 * MIB  # 32 blocks of 64 KiB
-KV_CEILING_BYTES, GUARANTEE_BYTES = 64 * MIB, 2 * EXTENT_BYTES
+EXTENT_BYTES = 8 * MIB  # 128 blocks of 64 KiB
+KV_CEILING_BYTES, GUARANTEE_BYTES = 128 * MIB, 2 * EXTENT_BYTES
 KV_LIMITS_BYTES = [GUARANTEE_BYTES, 3 * EXTENT_BYTES, 5 * EXTENT_BYTES, KV_CEILING_BYTES]
-STEP_BYTES = 64 * MIB
-"""More than a step of the tiny model takes: torch asks for segments of 2 and 20 MiB."""
-TOKENS = 100
+STEP_BYTES = 128 * MIB
+"""More than a step of the tiny model takes: torch asks for segments of 2 and 20 MiB, in whole chunks."""
+PROMPTS, TOKENS = 40, 400
 LEAK_BYTES = 64 * MIB
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cuda(), reason="the installed vLLM is not its GPU build")
@@ -51,7 +51,7 @@ def spec(model: Path, elastic: bool, **changes: object) -> EngineSpec:
 
 async def plain_tokens(model: Path, **changes: object) -> list[list[int]]:
     async with local_engine(spec(model, elastic=False, **changes), None) as engine:
-        return await engine.generate_all(prompts(12, IDS), TOKENS, "reference")
+        return await engine.generate_all(prompts(PROMPTS, IDS), TOKENS, "reference")
 
 
 @pytest.mark.parametrize("eager", [True, False])
@@ -67,17 +67,17 @@ def test_tokens_are_those_of_plain_vllm(eager: bool, tmp_path: Path) -> None:
         elastic = spec(model, elastic=True, engine_args=args, host_buffer_bytes=KV_CEILING_BYTES)
         async with local_engine(elastic, tmp_path / "board") as e:
             async with swinging(e, KV_LIMITS_BYTES):
-                assert await e.generate_all(prompts(12, IDS), TOKENS, "swing") == wanted
+                assert await e.generate_all(prompts(PROMPTS, IDS), TOKENS, "swing") == wanted
             assert e.word(EngineWord.PREEMPTIONS) > 0 and e.word(EngineWord.DEFLATE_COUNT) > 2
             e.set_limit(KV_CEILING_BYTES)
-            assert await e.generate_all(prompts(12, IDS), TOKENS, "all") == wanted
+            assert await e.generate_all(prompts(PROMPTS, IDS), TOKENS, "all") == wanted
             full, held = free_bytes(), e.word(EngineWord.COMMITTED_BYTES)
             e.set_limit(EXTENT_BYTES)
             assert await settled(e, lambda: e.word(EngineWord.COMMITTED_BYTES) <= EXTENT_BYTES)
             assert free_bytes() - full >= held - EXTENT_BYTES
             e.set_limit(KV_CEILING_BYTES)
             loaded = e.word(EngineWord.HOST_LOADED_BLOCKS)
-            assert await e.generate_all(prompts(12, IDS), TOKENS, "again") == wanted
+            assert await e.generate_all(prompts(PROMPTS, IDS), TOKENS, "again") == wanted
             assert e.word(EngineWord.HOST_LOADED_BLOCKS) > loaded
             assert e.word(EngineWord.MAP_FAILURES) == e.word(EngineWord.CONSERVATION_FAILURES) == 0
 
@@ -94,7 +94,7 @@ def test_charged_activations_change_no_token_and_come_back(tmp_path: Path) -> No
         charged = spec(model, elastic=True, charge_activations=True, token_bytes=STEP_BYTES // 256)
         async with local_engine(charged, tmp_path / "board") as e:
             async with swinging(e, [STEP_BYTES + limit for limit in KV_LIMITS_BYTES]):
-                assert await e.generate_all(prompts(12, IDS), TOKENS, "swing") == wanted
+                assert await e.generate_all(prompts(PROMPTS, IDS), TOKENS, "swing") == wanted
             assert e.word(EngineWord.ACTIVATION_BYTES) > 0
             e.set_limit(STEP_BYTES)
             assert await settled(e, lambda: e.word(EngineWord.COMMITTED_BYTES) <= EXTENT_BYTES)
@@ -115,7 +115,7 @@ def test_two_engines_share_a_gpu(tmp_path: Path) -> None:
             swinging(one, KV_LIMITS_BYTES),
             swinging(two, KV_LIMITS_BYTES),
         ):
-            answers = await asyncio.gather(*(e.generate_all(prompts(12, IDS), TOKENS, "both") for e in (one, two)))
+            answers = await asyncio.gather(*(e.generate_all(prompts(PROMPTS, IDS), TOKENS, "both") for e in (one, two)))
             assert answers == [wanted, wanted]
 
     asyncio.run(run())

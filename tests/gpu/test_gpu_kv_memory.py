@@ -19,7 +19,8 @@ from tests.tiny_transformer import GEOMETRY, SHAPE, ElasticCache, elastic_equals
 
 MIB = 1 << 20
 BLOCKS = 64
-BLOCK_BY_BLOCK = KvGeometry(BLOCKS * 2 * MIB, BLOCKS, (KvRegion(0, 1, 2 * MIB, 2 * MIB, 2 * MIB),))
+BLOCK = 8 * MIB
+BLOCK_BY_BLOCK = KvGeometry(BLOCKS * BLOCK, BLOCKS, (KvRegion(0, 1, BLOCK, BLOCK, BLOCK),))
 
 
 def make(geometry: KvGeometry, rest_bytes: int = 0) -> KvMemory:
@@ -30,7 +31,7 @@ def make(geometry: KvGeometry, rest_bytes: int = 0) -> KvMemory:
 @pytest.fixture
 def memory() -> Iterator[KvMemory]:
     """Of 64 blocks, a chunk each, of which four are mapped."""
-    memory = make(BLOCK_BY_BLOCK, rest_bytes=8 * MIB)
+    memory = make(BLOCK_BY_BLOCK, rest_bytes=4 * BLOCK)
     yield memory
     torch.cuda.synchronize()
     memory.device.vmm.close()
@@ -89,7 +90,7 @@ def test_a_move_while_kernels_run(memory: KvMemory) -> None:
     blocks[30].fill_(6)  # parked
     total = blocks[2].sum(dtype=torch.int64)
     memory.apply(KvMoves(sequence=1, unmap=[2], map=[30]))
-    assert int(total) == 5 * 2 * MIB and not blocks[30].any()
+    assert int(total) == 5 * BLOCK and not blocks[30].any()
 
 
 def test_blocks_are_copied_when_what_was_queued_is_done(memory: KvMemory) -> None:

@@ -10,14 +10,14 @@ from vllm.config import VllmConfig
 
 from memory_agent.lease_board import NO_FD, EngineWord
 from replicas.local_engine import Instruments, LocalEngine, local_engine
-from tests.integration.played_gpu import GRANULARITY
+from tests.integration.played_gpu import CHUNK
 from tests.integration.shaken_engine import prompts, settled, swinging
 from tests.integration.tiny_models import BLOCK_BYTES, CEILING_BLOCKS, IDS, LAYERS, tiny_llama, tiny_spec
 
 pytestmark = pytest.mark.slow
 
 TOKENS = 100
-EXTENT_BYTES = LAYERS * GRANULARITY  # a chunk holds four blocks of a layer
+EXTENT_BYTES = LAYERS * CHUNK  # a chunk holds four blocks of a layer
 GUARANTEE_BYTES = 10 * EXTENT_BYTES
 LIMITS_BYTES = [GUARANTEE_BYTES, 13 * EXTENT_BYTES, 22 * EXTENT_BYTES, CEILING_BLOCKS * BLOCK_BYTES]
 

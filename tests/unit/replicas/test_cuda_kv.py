@@ -31,11 +31,11 @@ def on_gpu(geometry: KvGeometry, driver: MappedCudaDriver, rest_bytes: int = 0) 
 
 @pytest.fixture
 def driver() -> MappedCudaDriver:
-    return MappedCudaDriver(CHUNK, 64 * CHUNK)
+    return MappedCudaDriver(CHUNK // 4, 64 * CHUNK)
 
 
 def test_the_allocation_of_vllm_is_answered_with_the_gpus_memory(driver: MappedCudaDriver) -> None:
-    """torch.zeros of the KV cache's size is the range: zeros, in chunks of the granularity, without a file."""
+    """torch.zeros of the KV cache's size is the range: zeros, in chunks of a few granules, without a file."""
     memory = on_gpu(BLOCK_BY_BLOCK, driver, rest_bytes=3 * CHUNK)
     with memory.allocation():
         kv = torch.zeros(BLOCK_BY_BLOCK.size_bytes, dtype=torch.int8, device=torch.device("cpu"))
@@ -127,7 +127,7 @@ def test_blocks_are_copied_out_and_back(driver: MappedCudaDriver, geometry: KvGe
 def test_any_moves_and_refusals_keep_data_and_books(geometry: KvGeometry, data: st.DataObject) -> None:
     """Along any sequence of moves, of which the driver may refuse any call once, each mapped block keeps what was
     written to it, new ones read zero or what they held, and the books balance with the driver."""
-    driver = MappedCudaDriver(CHUNK, 80 * CHUNK)
+    driver = MappedCudaDriver(CHUNK // 4, 80 * CHUNK)
     memory = on_gpu(geometry, driver)
     extents = ExtentMap(geometry, memory.chunk_bytes)
     raw = memory.adopt()
@@ -150,7 +150,7 @@ def test_any_moves_and_refusals_keep_data_and_books(geometry: KvGeometry, data: 
         driver.fail_no_more()
         assert ack.imbalance is None
         memory.check_conservation()
-        assert driver.held == memory.pool.bytes_by_owner()[ChunkOwner.KV_CACHE] + CHUNK, "and the scratch chunk"
+        assert driver.held == memory.pool.bytes_by_owner()[ChunkOwner.KV_CACHE] + memory.chunk_bytes, "and scratch"
         for extent in memory.mapped:
             for block in extents.blocks_of(extent):
                 if block in written:

@@ -42,7 +42,7 @@ GPU = SimpleNamespace(is_cuda=lambda: True)
 
 @pytest.fixture
 def driver() -> MappedCudaDriver:
-    return MappedCudaDriver(MIB, 64 * MIB)
+    return MappedCudaDriver(MIB // 4, 64 * MIB)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_guarantee_below_the_extents_of_a_longest_request_is_refused(
 
 
 def test_the_worker_says_what_it_holds(on_gpu: None, tmp_path: Path) -> None:
-    """At the handshake: chunks of the driver's granularity, no file, and the rest in whole extents."""
+    """At the handshake: chunks of a few of the driver's granules, no file, and the rest in whole extents."""
     with worker_side(tmp_path) as (connector, _):
         handshake = connector.get_handshake_metadata()
     assert (handshake.memory_fd, handshake.chunk_bytes, handshake.mapped_extents) == (NO_FD, MIB, [0])
