@@ -49,6 +49,8 @@ MEASURED = 5
 """Rates that are measured: from below A's expected goodput to beyond ours."""
 _LOWER = 3
 """How often the rate is halved for a variant that keeps its SLO at none of these."""
+_LOST = 0.25
+"""Attainment below which a variant is not measured at higher rates: its TTFT there counts as what it was."""
 _IDLE_SHARE = 0.4
 """A variant is not measured at rates below this share of its expected goodput."""
 SEED = 21
@@ -67,7 +69,7 @@ async def run(folder: Path, trace: Path | None = None) -> Outcome:
         highest = 1.25 * bound[OURS]
         for rate in np.geomspace(0.8 * bound["A"], highest, MEASURED):
             names = [name for name in found.field if rate >= min(_IDLE_SHARE * bound[name], highest)]
-            await curves.measure(rate, names)
+            await curves.measure(rate, [name for name in names if not curves.lost(name)])
         for _ in range(_LOWER):
             if lost := [name for name, points in curves.points.items() if not rate_at_target(points)]:
                 await curves.measure(min(curves.points[name][0].rate for name in lost) / 2, lost)
@@ -113,6 +115,10 @@ class _Curves:
         self._found = found
         self._trace = trace
         self._seed = SEED
+
+    def lost(self, name: str) -> bool:
+        """Whether the variant attains so little already that a higher rate says no more, and takes minutes."""
+        return any(point.attainment < _LOST for point in self.points[name])
 
     async def measure(self, rate: float, names: Sequence[str]) -> None:
         """Offer ``rate`` requests a second to these variants; no prompt comes twice, so none is cached."""

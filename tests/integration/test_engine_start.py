@@ -28,7 +28,7 @@ from tests.integration.shaken_engine import prompts
 pytestmark = pytest.mark.slow
 
 IDS = range(1000, 40000)
-REQUESTS, TOKENS = 16, 100
+REQUESTS, TOKENS = 16, 250
 _ANONYMOUS = re.compile(r"^RssAnon:\s+(\d+) kB", re.MULTILINE)
 
 
