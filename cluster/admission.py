@@ -113,6 +113,8 @@ class AdmissionQueue:
 
     Attributes:
         requests, tokens: that wait.
+        capacity: tokens a second that are known to enter while others wait, where the owner knows. Without it the rate
+            at which requests have entered in the last seconds counts, which is less where few came.
     """
 
     def __init__(self, classes: Sequence[SloClass], limits: QueueLimits | None = None) -> None:
@@ -121,6 +123,7 @@ class AdmissionQueue:
         self._limits = limits or QueueLimits()
         self._clock = 0.0
         self._rate, self._rate_s = 0.0, -math.inf
+        self.capacity = 0.0
         self.requests = self.tokens = 0
 
     def offer(self, ticket: Ticket, now_s: float, room: bool) -> Decision:
@@ -161,6 +164,15 @@ class AdmissionQueue:
         self._served(ticket.tokens, now_s)
         return ticket
 
+    def withdraw(self, ticket: Ticket) -> None:
+        """Take out one that waits, because nobody wants its answer any more."""
+        one = self._class_of(ticket)
+        waiting = one.tenants[ticket.tenant].waiting
+        waiting.remove((ticket.due_s, ticket.number, ticket))
+        heapq.heapify(waiting)
+        one.tokens -= ticket.tokens
+        self._gone(ticket)
+
     def drop_late(self, now_s: float) -> list[Ticket]:
         """Take out the requests of sheddable classes whose first token would be late even if they were begun now."""
         late = []
@@ -176,16 +188,21 @@ class AdmissionQueue:
                     late.append(ticket)
         return late
 
+    def comeback_s(self, ticket: Ticket) -> float:
+        """When one like this can be expected to be begun in time, if it comes again: whole seconds, at least 1."""
+        return self._retry_after(self.wait_s(ticket) + ticket.compute_s - (ticket.due_s - ticket.arrived_s))
+
     def wait_s(self, ticket: Ticket) -> float:
         """How long a newcomer of its class is likely to wait, at the rate at which requests enter now: what waits in
         its class, at the class's share; never longer than all that waits. Infinite while nobody has entered."""
         if not self.tokens:
             return 0.0
-        if self._rate <= 0:
+        rate = max(self._rate, self.capacity)
+        if rate <= 0:
             return math.inf
         one = self._class_of(ticket)
         busy = sum(other.settings.weight for other in self._classes.values() if other.tokens or other is one)
-        return min(one.tokens * busy / one.settings.weight, self.tokens) / self._rate
+        return min(one.tokens * busy / one.settings.weight, self.tokens) / rate
 
     def _class_of(self, ticket: Ticket) -> _Class:
         return self._classes.get(ticket.slo_class) or self._classes[self._first]

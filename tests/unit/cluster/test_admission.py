@@ -122,6 +122,33 @@ def test_retry_after_is_honest() -> None:
     assert offer(room=False) is Verdict.QUEUED
 
 
+def test_one_that_comes_back_when_told_would_be_in_time() -> None:
+    """2,000 tokens at 100 a second are 20 s: with a target of 5 s and 1 s of its own, it should come in 16."""
+    made = queue(*(ticket() for _ in range(20)))
+    made.capacity = 100.0
+    assert made.comeback_s(ticket(due_s=5.0, compute_s=1.0)) == 16.0
+    assert made.comeback_s(ticket(due_s=60.0)) == 1.0
+
+
+def test_a_known_capacity_keeps_a_burst_after_quiet_from_being_refused() -> None:
+    """Few have entered lately because few came: what is known of the replicas counts where it is more."""
+    made = AdmissionQueue([CHAT, BATCH])
+    made.offer(ticket("chat"), 0.0, room=True)
+    made.offer(ticket("chat", due_s=0.5), 0.0, room=False)
+    assert made.offer(ticket("chat", due_s=0.5), 0.0, room=False).verdict is Verdict.REFUSED
+    made.capacity = 1000.0
+    assert made.offer(ticket("chat", due_s=0.5), 0.0, room=False).verdict is Verdict.QUEUED
+
+
+def test_one_that_is_withdrawn_is_gone() -> None:
+    """The others keep their order, and its tokens are nobody's any more."""
+    late, gone, early = ticket(due_s=30.0), ticket(due_s=20.0, tokens=70), ticket(due_s=10.0)
+    made = queue(late, gone, early)
+    made.withdraw(gone)
+    assert (made.requests, made.tokens) == (2, 200)
+    assert order(made) == [early, late]
+
+
 def test_late_ones_are_dropped_in_sheddable_classes() -> None:
     """Those whose first token would be late even if begun now leave the queue; a class that must not be shed stays."""
     chat = ticket("chat", due_s=5.0, compute_s=2.0)
@@ -133,20 +160,28 @@ def test_late_ones_are_dropped_in_sheddable_classes() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["chat", "batch", "?"]), st.sampled_from("abc"), st.integers(1, 900), st.booleans()),
+        st.tuples(
+            st.sampled_from(["chat", "batch", "?"]),
+            st.sampled_from("abc"),
+            st.integers(1, 900),
+            st.sampled_from(["wait", "take", "withdraw"]),
+        ),
         max_size=60,
     )
 )
-def test_every_request_that_is_queued_comes_out_once(offers: list[tuple[str, str, int, bool]]) -> None:
-    """Whatever comes, counts are right at every moment, and what was queued leaves once."""
+def test_every_request_that_is_queued_comes_out_once(offers: list[tuple[str, str, int, str]]) -> None:
+    """Whatever comes and goes, counts are right at every moment, and what was queued leaves once."""
     made = AdmissionQueue([CHAT, BATCH])
-    queued, left = set(), []
-    for at, (name, tenant, tokens, take) in enumerate(offers):
+    queued, left = dict[int, Ticket](), list[int]()
+    for at, (name, tenant, tokens, then) in enumerate(offers):
         one = ticket(name, tenant, tokens)
         if made.offer(one, at / 10, room=False).verdict is Verdict.QUEUED:
-            queued.add(one.number)
-        if take and made.requests:
+            queued[one.number] = one
+        if then == "take" and made.requests:
             left.append(made.take(at / 10).number)
+        elif then == "withdraw" and made.requests:
+            left.append(next(number for number in queued if number not in left))
+            made.withdraw(queued[left[-1]])
         assert made.requests == len(queued) - len(left)
     left += [one.number for one in order(made)]
     assert sorted(left) == sorted(queued)
