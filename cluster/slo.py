@@ -89,6 +89,12 @@ class Tally:
             self.kept += 1
             self.good_tokens += outcome.output_tokens
 
+    def merge(self, other: "Tally") -> None:
+        """Count what another one has counted."""
+        self.endings.update(other.endings)
+        self.kept += other.kept
+        self.good_tokens += other.good_tokens
+
     def to_json(self, duration_s: float) -> dict[str, Any]:
         """JSON-ready; what there is none of is None."""
         counted = self.counted
@@ -123,6 +129,18 @@ class SloAccount:
             if name not in tallies:
                 tallies[name] = Tally()
             tallies[name].add(outcome)
+
+    def merge(self, other: "SloAccount") -> None:
+        """Count what another one has counted."""
+        self.total.merge(other.total)
+        parts = (
+            (self.by_class, other.by_class),
+            (self.by_model, other.by_model),
+            (self.by_replica, other.by_replica),
+        )
+        for own, others in parts:
+            for name, tally in others.items():
+                own.setdefault(name, Tally()).merge(tally)
 
     def to_json(self, duration_s: float) -> dict[str, Any]:
         """JSON-ready, names in order. Replicas are left to who needs them: there can be thousands."""

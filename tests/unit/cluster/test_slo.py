@@ -59,6 +59,19 @@ def test_nothing_counted_has_no_attainment() -> None:
     assert SloAccount().to_json(0.0)["total"]["attainment"] is None
 
 
+def test_merged_accounts_count_what_each_has_counted() -> None:
+    """Two accounts as one are what one account of all requests would be, and the second stays as it was."""
+    every, parts = SloAccount(), (SloAccount(), SloAccount())
+    for number, one in enumerate((outcome(), outcome(Ending.FAILED, replica="b"), outcome(slo_class="batch"))):
+        every.add(one)
+        parts[number % 2].add(one)
+    alone = parts[1].to_json(1.0)
+    parts[0].merge(parts[1])
+    assert parts[0].to_json(1.0) == every.to_json(1.0)
+    assert parts[0].by_replica == every.by_replica
+    assert parts[1].to_json(1.0) == alone
+
+
 def test_headers_choose_class_and_targets() -> None:
     """The first class is the default; a header's target replaces the class's own."""
     assert request_targets(CLASSES, {}) == (CLASSES[0], Slo(500.0, 50.0))
