@@ -1,0 +1,39 @@
+"""The rate of work while there is some."""
+
+import math
+
+import pytest
+
+from cluster.busy_rate import BusyRate
+
+
+def test_nothing_done_is_no_rate() -> None:
+    """Before anything was done the caller's own answer counts."""
+    rate = BusyRate()
+    rate.set_busy(True, 0.0)
+    assert rate.seconds_for(5, 1.0, unknown=7.0) == 7.0
+    assert rate.per_s(1.0, math.inf) == math.inf
+
+
+def test_idle_time_does_not_count() -> None:
+    """Ten a second while busy is ten a second after an hour without work."""
+    rate = BusyRate()
+    rate.set_busy(True, 0.0)
+    for at in range(1, 11):
+        rate.done(1, at / 10)
+    rate.set_busy(False, 1.0)
+    assert rate.per_s(3600.0, math.nan) == pytest.approx(10.0)
+    assert rate.seconds_for(20, 3600.0, math.nan) == pytest.approx(2.0)
+
+
+def test_a_change_is_learned_and_standstill_is_seen_at_once() -> None:
+    """The old rate is forgotten over some busy seconds; while nothing is done any more it falls without an event."""
+    rate = BusyRate()
+    rate.set_busy(True, 0.0)
+    for at in range(1, 101):
+        rate.done(1, at / 10)
+    assert rate.per_s(10.0, math.nan) == pytest.approx(10.0)
+    for at in range(1, 61):
+        rate.done(5, 10.0 + at)
+    assert rate.per_s(70.0, math.nan) == pytest.approx(5.0, rel=0.1)
+    assert rate.per_s(200.0, math.nan) < 0.5
