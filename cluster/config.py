@@ -5,6 +5,7 @@
     +-- memory: MemoryConfig          KV bytes that the engines of one device share
     +-- http: HttpConfig              where the OpenAI API listens
     +-- slo: list[SloClass]           latency targets
+    +-- admission: AdmissionConfig    who waits in front of the replicas, who is refused
     +-- controller: ControllerConfig  bounds that the controller sets for every replica
 
 The docstring under a field is its documentation: ``ellm config example`` prints it. Names follow vLLM and Ray Serve
@@ -173,11 +174,12 @@ class HttpConfig(_Section):
 
 
 class SloClass(_Section):
-    """Latency targets of one class of requests. Those of the first class decide how many prompts the host buffer lets
-    in before there is memory to decode them. The rest decides in `ellm simulate` and `ellm plan` alone yet."""
+    """Latency targets of one class of requests. A request names its class in the header x-slo-class, and targets of its
+    own in x-slo-ttft-ms and x-slo-tpot-ms; the first class is the default. The first class's targets also decide how
+    many prompts the host buffer lets in before there is memory to decode them."""
 
-    name: str = Field(default="standard", min_length=1)
-    """Name of the class."""
+    name: str = Field(default="standard", min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")
+    """Name of the class: letters, digits, dots, dashes and underscores."""
     ttft_ms: float = Field(default=2000.0, gt=0)
     """Target of the time to the first token, in milliseconds."""
     tpot_ms: float = Field(default=200.0, gt=0)
@@ -185,9 +187,22 @@ class SloClass(_Section):
     weight: float = Field(default=1.0, ge=0.001, le=1e6)
     """Part of the cluster's work under overload, against other classes' weights."""
     deadline_ms: Annotated[float, Field(gt=0)] | None = None
-    """Target of the whole answer, in milliseconds; it also bounds how long a request waits. null: none."""
+    """Target of the whole answer, in milliseconds: a request that outlives it is ended, with 504 where its response has
+    not begun. null: none."""
     sheddable: bool = True
-    """Whether requests are refused at once where their targets cannot be met any more. false: they wait."""
+    """Whether requests are refused, with 429, where their first token would come too late. false: they wait."""
+
+
+class AdmissionConfig(_Section):
+    """The queue in front of a model's replicas. Requests wait there, in the order that their classes deserve, rather
+    than in the engines, which serve them as they come."""
+
+    enabled: bool = True
+    """false: every request goes to a replica at once."""
+    max_requests: int = Field(default=4096, ge=1)
+    """Most requests of one model that wait; more are refused with 429. Ingress processes have equal parts of it."""
+    max_tokens: int = Field(default=20_000_000, ge=1)
+    """Most tokens, of prompts and expected answers, that wait; likewise."""
 
 
 class ControllerConfig(_Section):
@@ -208,8 +223,10 @@ class ClusterConfig(_Section):
     """KV memory of one device."""
     http: HttpConfig = Field(default_factory=HttpConfig)
     """The API server."""
-    slo: list[SloClass] = Field(default_factory=lambda: [SloClass()], min_length=1)
-    """Latency targets by class. Those of the first decide how many prompts the host buffer lets in early."""
+    slo: list[SloClass] = Field(default_factory=lambda: [SloClass(sheddable=False)], min_length=1)
+    """Latency targets by class. Left out: one class, of which nobody is refused for being late."""
+    admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
+    """Who waits in front of the replicas, and who is refused."""
     controller: ControllerConfig = Field(default_factory=ControllerConfig)
     """Bounds for every replica."""
 

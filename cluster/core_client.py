@@ -9,6 +9,9 @@ requests, cancels one, and notices that a replica has died. Outputs come over th
 
 A relay holds the prompt and the token ids so far. A replica that dies before a request's first token costs a retry
 on another one; after it, the request ends with an error that says so in vLLM's form.
+
+A relay goes through the model's door (``cluster.door``), which may let it wait, before it goes to a replica. Where the
+cluster ends a request by itself, refused or past its deadline, vLLM sees an abort, and the HTTP layer says why.
 """
 
 import asyncio
@@ -20,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ray.exceptions import RayError
@@ -30,8 +34,10 @@ from vllm.tasks import SupportedTask
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import AsyncMPClient
 
+from cluster.door import Door
 from cluster.engine_slots import EngineSlots
 from cluster.output_inbox import OutputInbox
+from cluster.request_slo import CURRENT, Part
 from replicas.channel_wire import InboxAddress
 from replicas.hop import HopCodec
 from replicas.replica import ReplicaInfo, ReplicaStats
@@ -49,6 +55,8 @@ class Relay:
     """One request on its way: enough to send it again."""
 
     request: EngineCoreRequest
+    part: Part
+    """Of the HTTP request whose context it came in: its targets are ``part.request.slo``."""
     task: "asyncio.Task[None] | None" = None
     token_ids: list[int] = field(default_factory=list)
     """Output ids received so far; prompt and these are what another replica would need to go on."""
@@ -68,7 +76,13 @@ class ClusterCore:
     """The replicas of one model as one engine core. Belongs to the event loop it is built on."""
 
     def __init__(
-        self, model: str, handle: DeploymentHandle[Any], info: ReplicaInfo, replicas: int, replica_limit: int
+        self,
+        model: str,
+        handle: DeploymentHandle[Any],
+        info: ReplicaInfo,
+        replicas: int,
+        replica_limit: int,
+        door: Door | None = None,
     ) -> None:
         """``open`` is to be awaited before the first request.
 
@@ -76,7 +90,9 @@ class ClusterCore:
             model: name, for messages; info: what any replica says of itself.
             replicas: how many are meant to run: the number of engines that the metrics tell apart.
             replica_limit: requests that one replica takes at once.
+            door: in front of them; None lets every request in at once.
         """
+        self.door = door or Door()
         self.resources = CoreResources()
         self.engine_ranks_managed = list(range(replicas))
         self.reachable = replicas
@@ -108,16 +124,17 @@ class ClusterCore:
         """Start relaying ``request``. Its outputs, errors among them, come out of ``get_output_async``."""
         if request.resumable or request.request_id in self._relays:
             raise VLLMValidationError("input that arrives in several parts does not work on a cluster of replicas yet")
-        relay = self._relays[request.request_id] = Relay(request)
+        part = Part(len(request.prompt_token_ids or ()), partial(self._stop, request.request_id))
+        relay = self._relays[request.request_id] = Relay(request, part)
         # A context of its own: Ray Serve would otherwise cancel the call with whatever request of its own happens to be
         # current here, beside the abort that vLLM sends anyway.
         relay.task = asyncio.get_running_loop().create_task(self._relay(relay), context=contextvars.Context())
+        if (owner := CURRENT.get()) is not None:
+            owner.add(part)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
-            relay = self._relays.pop(request_id, None)
-            if relay is not None and relay.task is not None:
-                relay.task.cancel()
+            self._end(request_id)
 
     async def get_output_async(self) -> EngineCoreOutputs:
         """Everything received since the last call, as one step's outputs; waits for the first."""
@@ -141,11 +158,17 @@ class ClusterCore:
     def shutdown(self, timeout: float | None = None) -> None:
         self.resources.engine_dead = True
         self._poll_task.cancel()
+        self.door.close()
         self._inbox.close()
         for relay in self._relays.values():
             if relay.task is not None:
                 relay.task.cancel()
         self._relays.clear()
+
+    @property
+    def replica_numbers(self) -> dict[int, str]:
+        """Replicas by the engine number that vLLM's metrics have for each."""
+        return self._slots.owners
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         """Everything else of vLLM's core client: a method that refuses with a client error (4xx)."""
@@ -165,7 +188,8 @@ class ClusterCore:
 
     @property
     def in_flight(self) -> int:
-        return len(self._relays)
+        """Requests that replicas have, or are about to get; without those that wait at the door."""
+        return len(self._relays) - self.door.waiting
 
     def why_full(self, n: int) -> str | None:
         """Why ``n`` more requests cannot be taken now, or None where they can."""
@@ -181,6 +205,8 @@ class ClusterCore:
     async def _relay(self, relay: Relay) -> None:
         request_id = relay.request.request_id
         try:
+            if not await self.door.enter(relay.part):
+                return
             for attempt in range(1 + RETRIES):
                 error = await self._try_once(relay)
                 if relay.finished:
@@ -192,8 +218,10 @@ class ClusterCore:
                     "request %s: its replica is gone before the first token, trying another: %s", request_id, error
                 )
             logger.error("request %s ends with an error after %d tokens: %s", request_id, len(relay.token_ids), error)
+            relay.part.failed = True
             self._put_out(EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR))
         finally:
+            self.door.ended(relay.part, len(relay.token_ids))
             self._relays.pop(request_id, None)
 
     async def _try_once(self, relay: Relay) -> Exception | None:
@@ -220,8 +248,23 @@ class ClusterCore:
         task = asyncio.current_task()
         return task is not None and task.cancelling() > 0
 
-    def _receive(self, ticket: int, offset: int, output: EngineCoreOutput) -> None:
-        """Called by the inbox with each output: it belongs behind the ``offset`` tokens that are there."""
+    def _end(self, request_id: str) -> bool:
+        """Send it nowhere any more, and cancel it where it is. False where it has ended."""
+        relay = self._relays.pop(request_id, None)
+        if relay is None:
+            return False
+        self.door.ended(relay.part, len(relay.token_ids))
+        if relay.task is not None:
+            relay.task.cancel()
+        return True
+
+    def _stop(self, request_id: str) -> None:
+        """The cluster ends it: vLLM sees an abort."""
+        if self._end(request_id):
+            self._put_out(EngineCoreOutput(request_id, [], finish_reason=FinishReason.ABORT))
+
+    def _receive(self, ticket: int, offset: int, output: EngineCoreOutput, replica: str) -> None:
+        """Called by the inbox with each output of a replica: it belongs behind the ``offset`` tokens that are there."""
         relay = self._by_ticket.get(ticket)
         if relay is None or relay.finished or relay.fault is not None:
             return
@@ -229,7 +272,12 @@ class ClusterCore:
             relay.fault = f"tokens from {offset} came after {len(relay.token_ids)} tokens"
             return
         relay.token_ids.extend(output.new_token_ids)
+        self.door.room.tokens += len(output.new_token_ids)
+        if not offset and relay.token_ids:
+            self.door.began(relay.part, replica)
         relay.finished = output.finished
+        if relay.finished:
+            self.door.ended(relay.part, len(relay.token_ids))
         self._put_out(output)
 
     def _put_out(self, output: EngineCoreOutput) -> None:
@@ -260,6 +308,7 @@ class ClusterCore:
 
     def _take_stats(self, stats: list[ReplicaStats]) -> None:
         self.reachable = len(stats)
+        self.door.replicas(len(stats), sum(replica.streams for replica in stats))
         self._stats.extend(self._slots.place(stats))
         if self._stats:
             self._wake.set()

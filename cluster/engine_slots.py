@@ -18,6 +18,11 @@ class EngineSlots:
     def __init__(self, count: int) -> None:
         self._owners: list[str | None] = [None] * count
 
+    @property
+    def owners(self) -> dict[int, str]:
+        """The replica of each number that has one."""
+        return {number: owner for number, owner in enumerate(self._owners) if owner is not None}
+
     def place(self, stats: list[ReplicaStats]) -> Iterator[EngineCoreOutputs]:
         """Scheduler statistics for each number that has a replica in ``stats``, and zeros for each that has just
         lost its own."""

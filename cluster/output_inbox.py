@@ -37,14 +37,15 @@ HANDSHAKE_S = 5.0
 FORGET_S = 60.0
 """After that nobody comes back: a replica gives up much earlier."""
 
-OnOutput = Callable[[int, int, EngineCoreOutput], None]
-"""Called with a request's ticket, the output tokens before, and the output."""
+OnOutput = Callable[[int, int, EngineCoreOutput, str], None]
+"""Called with a request's ticket, the output tokens before, the output, and the id of the replica it comes from."""
 
 
 @dataclass
 class _Sender:
     """A replica's channel over all its connections. taken: the last parcel that was said to be taken."""
 
+    replica: str
     received: int = 0
     taken: int = 0
     connection: "_Connection | None" = None
@@ -98,9 +99,9 @@ class OutputInbox:
         self.refused += 1
         logger.warning("the output channel of %s is closed: %s", peer, error)
 
-    def greeted(self, connection: "_Connection", name: bytes) -> None:
+    def greeted(self, connection: "_Connection", name: bytes, replica: str) -> None:
         """A replica has shown who it is: tell it where to go on."""
-        sender = self._senders.setdefault(name, _Sender())
+        sender = self._senders.setdefault(name, _Sender(replica))
         if sender.connection is not None:
             sender.connection.hang_up()
         sender.connection, sender.taken = connection, sender.received
@@ -116,7 +117,7 @@ class OutputInbox:
         sender.received = parcel.number
         self._untaken.add(name)
         for ticket, offset, output in zip(parcel.tickets, parcel.offsets, outputs, strict=True):
-            self._on_output(ticket, offset, output)
+            self._on_output(ticket, offset, output, sender.replica)
 
     def left(self, connection: "_Connection", name: bytes | None) -> None:
         self._connections.discard(connection)
@@ -176,4 +177,4 @@ class _Connection(asyncio.Protocol):
         self._late.cancel()
         self._frames.longest_bytes = PARCEL_BYTES
         self._name = hello.sender
-        self._inbox.greeted(self, hello.sender)
+        self._inbox.greeted(self, hello.sender, hello.replica)

@@ -45,10 +45,11 @@ class InboxAddress:
 
 
 class Hello(msgspec.Struct, array_like=True):
-    """sender: differs from that of every other channel, also across restarts of its process."""
+    """sender: differs from that of every other channel, also across restarts of its process; replica: whose it is."""
 
     sender: bytes
     digest: bytes
+    replica: str = ""
 
 
 class Taken(msgspec.Struct, array_like=True):

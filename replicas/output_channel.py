@@ -72,10 +72,11 @@ class Lane:
 class OutputChannel:
     """Everything for one ingress. Belongs to the event loop it is built on; ``run`` must be running."""
 
-    def __init__(self, address: InboxAddress) -> None:
+    def __init__(self, address: InboxAddress, replica: str) -> None:
         self.lanes: set[Lane] = set()
         self._address = address
         self._sender = os.urandom(SENDER_BYTES)
+        self._replica = replica
         self._codec = HopCodec()
         self._ready: dict[Lane, None] = {}
         self._number = 0
@@ -141,7 +142,7 @@ class OutputChannel:
         none, WireError where it speaks something else."""
         loop = asyncio.get_running_loop()
         transport, connection = await loop.create_connection(
-            lambda: _Connection(self._address.key, self._sender, self._taken), *self._where
+            lambda: _Connection(self._address.key, self._sender, self._replica, self._taken), *self._where
         )
         notice_silence(transport)
         try:
@@ -192,10 +193,10 @@ class OutputChannel:
 class _Connection(asyncio.Protocol):
     """One TCP connection to the inbox."""
 
-    def __init__(self, key: bytes, sender: bytes, on_taken: "OnTaken") -> None:
+    def __init__(self, key: bytes, sender: bytes, replica: str, on_taken: "OnTaken") -> None:
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the connection has ended, with WireError where that was a fault."""
-        self._key, self._sender, self._on_taken = key, sender, on_taken
+        self._key, self._sender, self._replica, self._on_taken = key, sender, replica, on_taken
         self._frames = FrameBuffer(HANDSHAKE_BYTES)
         self._taken = msgspec.msgpack.Decoder(Taken)
         self._greeted = False
@@ -224,7 +225,7 @@ class _Connection(asyncio.Protocol):
             if len(body) != NONCE_BYTES:
                 raise WireError("the ingress did not greet")
             self._greeted = True
-            hello = Hello(self._sender, sign(self._key, body, self._sender))
+            hello = Hello(self._sender, sign(self._key, body, self._sender), self._replica)
             self.send(frame(msgspec.msgpack.encode(hello)))
             return
         self._on_taken(self, self._taken.decode(body).number)
@@ -236,7 +237,9 @@ OnTaken = Callable[[_Connection, int], None]
 class Channels:
     """The channels of one replica, one an ingress. Belongs to the event loop it is used on."""
 
-    def __init__(self) -> None:
+    def __init__(self, replica: str) -> None:
+        """replica: its id."""
+        self._replica = replica
         self._channels: dict[InboxAddress, tuple[OutputChannel, asyncio.Task[None]]] = {}
 
     @contextmanager
@@ -245,7 +248,7 @@ class Channels:
         first request, and ends after its last one when the ingress does."""
         channel, task = self._channels.get(address, (None, None))
         if channel is None or task is None or task.done():
-            channel = OutputChannel(address)
+            channel = OutputChannel(address, self._replica)
             task = asyncio.get_running_loop().create_task(channel.run())
             self._channels[address] = channel, task
             task.add_done_callback(partial(self._forget, address))

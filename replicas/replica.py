@@ -89,7 +89,7 @@ class EngineReplica:
         where = (self._link.registration.board_path, self._link.registration.row) if self._link is not None else ()
         config = build_vllm_config(spec, *where)
         self._engine = EngineHost(config, build_paced_core(spec, config))
-        self._channels = Channels()
+        self._channels = Channels(self.engine_id)
         self._start(self._engine.pump())
         if self._link is not None:
             self._start(self._link.follow_lease(self._engine.wake))

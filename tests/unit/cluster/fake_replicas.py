@@ -92,7 +92,7 @@ class FakeHandle:
     scripts: list[Sequence[Step]] = field(default_factory=list)
     answers: Callable[[], list[Any]] = lambda: [stats("a")]
     calls: list[FakeCall] = field(default_factory=list)
-    channels: Channels = field(default_factory=Channels)
+    channels: Channels = field(default_factory=lambda: Channels("replica-a"))
 
     def options(self, *, method_name: str) -> "FakeHandle":
         assert method_name == "generate"

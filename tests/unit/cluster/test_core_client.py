@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from http import HTTPStatus
 from typing import Any
 
 import pytest
@@ -12,8 +13,15 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 
 import cluster.core_client
+from cluster.admission import AdmissionQueue
+from cluster.bench.report import Slo
+from cluster.config import SloClass
 from cluster.core_client import ClusterCore
+from cluster.door import Door
 from cluster.engine_slots import EngineSlots
+from cluster.request_slo import CURRENT, RequestSlo, Stop
+from cluster.room import Room
+from cluster.slo import Ending
 from tests.unit.cluster.fake_replicas import INFO, FakeHandle, died, request, stats
 
 
@@ -23,6 +31,7 @@ def task_error() -> Exception:
 
 MakeCore = Callable[[FakeHandle], Awaitable[ClusterCore]]
 DEADLINE_S = 10.0
+HALT = Stop(Ending.TIMED_OUT, HTTPStatus.GATEWAY_TIMEOUT, "too long")
 
 
 @pytest.fixture
@@ -91,6 +100,50 @@ async def test_abort_cancels_the_call(make_core: MakeCore) -> None:
     await core.abort_requests_async(["r", "unknown"])
     await until(lambda: handle.calls[0].cancelled)
     assert (core.in_flight, core._outputs) == (0, [])
+
+
+async def test_a_request_that_the_cluster_ends_is_an_abort_to_vllm(make_core: MakeCore) -> None:
+    """Stopped, it is cancelled at its replica, puts out one abort and nothing more, and its times are known."""
+    handle = FakeHandle([[1, 2, "wait"]])
+    core = await make_core(handle)
+    owner = RequestSlo(SloClass(), Slo(), 0.0)
+    token = CURRENT.set(owner)
+    await core.add_request_async(request())
+    CURRENT.reset(token)
+    await outputs_until(core, lambda seen: len(tokens(seen)) == 2)
+    owner.stop(HALT)
+    (end,) = await outputs_until(core, ended())
+    assert (end.finish_reason, end.new_token_ids) == (FinishReason.ABORT, [])
+    await until(lambda: handle.calls[0].cancelled)
+    (part,) = owner.parts
+    assert (part.tokens, part.replica, part.first_s <= part.last_s) == (2, "replica-a", True)
+    assert (core.in_flight, core._outputs, core.door.room.inside) == (0, [], 0)
+
+
+async def test_a_request_that_was_ended_before_it_came_is_not_sent(make_core: MakeCore) -> None:
+    """Its deadline may pass while vLLM reads its prompt: it is aborted without a call to a replica."""
+    handle = FakeHandle([[1, "finish"]])
+    core = await make_core(handle)
+    owner = RequestSlo(SloClass(), Slo(), 0.0)
+    owner.stop(HALT)
+    token = CURRENT.set(owner)
+    await core.add_request_async(request())
+    CURRENT.reset(token)
+    (end,) = await outputs_until(core, ended())
+    assert (end.finish_reason, handle.calls) == (FinishReason.ABORT, [])
+
+
+async def test_those_that_wait_at_the_door_are_not_in_flight(make_core: MakeCore) -> None:
+    """The replicas' limit is about what replicas have: the queue has a bound of its own."""
+    core = await make_core(FakeHandle([["wait"]]))
+    await until(lambda: core.reachable == 1)
+    core.door = Door(AdmissionQueue([SloClass(sheddable=False)]), Room(0.5, seqs=1, replicas=1))
+    for number in range(9):
+        token = CURRENT.set(RequestSlo(SloClass(), Slo(), 0.0))
+        await core.add_request_async(request(str(number)))
+        CURRENT.reset(token)
+    await until(lambda: core.door.waiting == 8)
+    assert (core.in_flight, core.why_full(3)) == (1, None)
 
 
 async def test_death_before_the_first_token_is_retried(make_core: MakeCore) -> None:

@@ -21,6 +21,7 @@ from replicas.hop import HopCodec
 from replicas.output_channel import ChannelBroken, Channels, Lane
 
 DEADLINE_S = 30.0
+REPLICA = "replica-a"
 
 
 @dataclass
@@ -31,7 +32,8 @@ class Received:
     pieces: dict[int, int] = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
 
-    def take(self, ticket: int, offset: int, output: EngineCoreOutput) -> None:
+    def take(self, ticket: int, offset: int, output: EngineCoreOutput, replica: str) -> None:
+        assert replica == REPLICA
         tokens = self.tokens.setdefault(ticket, [])
         assert offset == len(tokens), "a gap or a repetition"
         assert ticket not in self.ended, "something after the end"
@@ -54,7 +56,7 @@ class Pair:
 @asynccontextmanager
 async def pair() -> AsyncIterator[Pair]:
     received = Received()
-    inbox, channels = OutputInbox(received.take), Channels()
+    inbox, channels = OutputInbox(received.take), Channels(REPLICA)
     try:
         yield Pair(inbox, await inbox.open("127.0.0.1"), received, channels)
     finally:
@@ -218,7 +220,7 @@ def parcel(number: int, outputs: list[EngineCoreOutput]) -> bytes:
 
 async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: bytes) -> None:
     nonce = await read_frame(reader)
-    writer.write(frame(msgspec.msgpack.encode(Hello(b"me", sign(key, nonce, b"me")))))
+    writer.write(frame(msgspec.msgpack.encode(Hello(b"me", sign(key, nonce, b"me"), REPLICA))))
 
 
 async def read_frame(reader: asyncio.StreamReader) -> bytes:

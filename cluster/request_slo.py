@@ -1,0 +1,130 @@
+"""One HTTP request on its way: what it was promised, and what has become of it so far.
+
+    SLO layer --RequestSlo--> vLLM's application, AsyncLLM --Part--> ClusterCore, the model's door
+              by a context variable                         one for each engine request: n answers are n parts
+
+Times are on the monotonic clock, in seconds; NaN where it never came so far.
+"""
+
+import math
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+from cluster.bench.report import Slo
+from cluster.config import SloClass
+from cluster.slo import Ending, Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The cluster has ended a request itself: what its client is told, and how it counts.
+
+    Attributes:
+        retry_after_s: when it may come again.
+    """
+
+    ending: Ending
+    status: HTTPStatus
+    message: str
+    retry_after_s: int | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Part:
+    """One engine request.
+
+    Attributes:
+        prompt_tokens: to be computed; stop: what ends it in the core.
+        request: whose it is; None for one that came by no HTTP request.
+        sent: it went to a replica; over: its end is known.
+        first_s, last_s: of its tokens; tokens: of its answer.
+        replica: id of the one that answered, empty before its first token.
+        failed: it ended with an error.
+    """
+
+    prompt_tokens: int
+    stop: Callable[[], None]
+    request: "RequestSlo | None" = None
+    sent: bool = False
+    over: bool = False
+    first_s: float = math.nan
+    last_s: float = math.nan
+    tokens: int = 0
+    replica: str = ""
+    failed: bool = False
+
+    @property
+    def has_begun(self) -> bool:
+        return not math.isnan(self.first_s)
+
+    @property
+    def tpot_s(self) -> float:
+        """0 where there is no second token."""
+        return (self.last_s - self.first_s) / (self.tokens - 1) if self.tokens > 1 else 0.0
+
+
+@dataclass(eq=False, slots=True)
+class RequestSlo:
+    """Belongs to the event loop that serves it.
+
+    Attributes:
+        slo: its targets: those of its class but for what its headers say.
+        tenant: whose it is, once its body has been read.
+        admitted: it may go to a replica.
+        halt: why the cluster has ended it, where it has.
+    """
+
+    slo_class: SloClass
+    slo: Slo
+    arrived_s: float
+    tenant: str = ""
+    admitted: bool = False
+    halt: Stop | None = None
+    parts: list[Part] = field(default_factory=list)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all parts that there are so far."""
+        return sum(part.prompt_tokens for part in self.parts)
+
+    @property
+    def due_s(self) -> float:
+        """When its first token should be there."""
+        return self.arrived_s + (math.inf if self.slo.ttft_ms is None else self.slo.ttft_ms / 1000)
+
+    def add(self, part: Part) -> None:
+        """One more engine request; one that comes after the halt is stopped at once."""
+        part.request = self
+        self.parts.append(part)
+        if self.halt is not None:
+            part.stop()
+
+    def stop(self, halt: Stop) -> None:
+        """End it, whatever it is doing. The first reason counts."""
+        if self.halt is None:
+            self.halt = halt
+            for part in self.parts:
+                part.stop()
+
+    def outcome(self, model: str, ending: Ending) -> Outcome:
+        """What is counted. Of several parts the slowest: an answer is there when all of it is."""
+        parts = self.parts
+        # Not max alone, which passes over NaN or not, as they stand.
+        complete = bool(parts) and all(part.has_begun for part in parts)
+        return Outcome(
+            slo_class=self.slo_class.name,
+            model=model,
+            replica=next((part.replica for part in parts if part.replica), ""),
+            slo=self.slo,
+            ending=ending,
+            ttft_s=max(part.first_s for part in parts) - self.arrived_s if complete else math.nan,
+            tpot_s=max(part.tpot_s for part in parts) if complete else math.nan,
+            latency_s=max(part.last_s for part in parts) - self.arrived_s if complete else math.nan,
+            output_tokens=sum(part.tokens for part in parts),
+        )
+
+
+CURRENT: ContextVar[RequestSlo | None] = ContextVar("ellm_request_slo", default=None)
+"""The HTTP request that this task serves. Tasks that vLLM starts for it inherit it."""
