@@ -4,7 +4,7 @@
     /ellm/models                      models added, removed and limited (``cluster.models_api``)
     routes that do not work yet       refused here, in OpenAI's error form
     /v1/models                        all models
-    everything else                   vLLM's application of the model that the body names
+    everything else                   vLLM's application of the model that the body names, behind the SLO layer
 
 With one model no body is read here.
 """
@@ -27,13 +27,24 @@ from cluster.api_routes import API_ROUTES, RouteState
 from cluster.cluster_status import ControllerAwayError, read_snapshot
 from cluster.model_table import ModelTable, ServedModel
 from cluster.models_api import RegistryAwayError, model_routes, read_models
+from cluster.slo_layer import SloLayer
+from cluster.slo_ledger import SloReport, to_json
 
 ALL_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
-def build_api(table: ModelTable, metrics: MetricsEndpoint, follow: Callable[[], Awaitable[None]]) -> Starlette:
-    """The application for the models of ``table``; ``follow`` keeps these up to date while it runs. Shutting it down
-    ends them."""
+def build_api(
+    table: ModelTable,
+    layer: SloLayer,
+    metrics: MetricsEndpoint,
+    reports: Callable[[], Awaitable[list[SloReport]]],
+    follow: Callable[[], Awaitable[None]],
+) -> Starlette:
+    """The application for the models of ``table``. Shutting it down ends them.
+
+    Args:
+        reports: how requests have fared, by ingress process; follow: keeps the models up to date while it runs.
+    """
 
     async def health(request: Request) -> Response:
         away = [model.name for model in table.routed if model.engine.engine_core.reachable == 0]
@@ -45,6 +56,19 @@ def build_api(table: ModelTable, metrics: MetricsEndpoint, follow: Callable[[], 
     async def all_models(request: Request) -> Response:
         lists = [await model.app.state.openai_serving_models.show_available_models() for model in table.routed]
         return JSONResponse({"object": "list", "data": [card.model_dump() for cards in lists for card in cards.data]})
+
+    async def status(request: Request) -> Response:
+        """The controller's snapshot, with the registry's models and how requests have fared; 503 with the reason where
+        the controller is away. ``models`` is null where the registry is."""
+        try:
+            snapshot = await read_snapshot()
+        except ControllerAwayError as error:
+            return error_answer(str(error), HTTPStatus.SERVICE_UNAVAILABLE)
+        try:
+            models = await read_models()
+        except RegistryAwayError:
+            models = None
+        return JSONResponse(snapshot | {"models": models, "slo": to_json(await reports())})
 
     @asynccontextmanager
     async def lifespan(api: Starlette) -> AsyncIterator[None]:
@@ -62,23 +86,9 @@ def build_api(table: ModelTable, metrics: MetricsEndpoint, follow: Callable[[], 
         *model_routes(),
         *(_refusal(route.path, route.note) for route in API_ROUTES if route.state is RouteState.NOT_YET),
         Route("/v1/models", all_models),
-        Mount("/", ModelSwitch(table)),
+        Mount("/", ModelSwitch(table, layer)),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
-
-
-async def status(request: Request) -> Response:
-    """GET /ellm/status: the controller's snapshot, with the registry's models; 503 with the reason where the controller
-    is away. ``models`` is null where the registry is."""
-    try:
-        snapshot = await read_snapshot()
-    except ControllerAwayError as error:
-        return error_answer(str(error), HTTPStatus.SERVICE_UNAVAILABLE)
-    try:
-        models = await read_models()
-    except RegistryAwayError:
-        models = None
-    return JSONResponse(snapshot | {"models": models})
 
 
 class ModelSwitch:
@@ -88,8 +98,8 @@ class ModelSwitch:
     vLLM's own error.
     """
 
-    def __init__(self, table: ModelTable) -> None:
-        self._table = table
+    def __init__(self, table: ModelTable, layer: SloLayer) -> None:
+        self._table, self._layer = table, layer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         models = self._table.routed
@@ -119,7 +129,7 @@ class ModelSwitch:
     async def _serve(self, model: ServedModel, scope: Scope, receive: Receive, send: Send) -> None:
         app: ASGIApp = model.app
         with self._table.request(model):
-            await app(scope, receive, send)
+            await self._layer.serve(model.name, app, scope, receive, send)
 
 
 def _name_in(body: bytes) -> str | None:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from cluster.model_table import ModelTable
+from cluster.slo_ledger import SloLedger
 
 
 def stat_logger_in(registry: CollectorRegistry) -> type[PrometheusStatLogger]:
@@ -31,10 +32,13 @@ def stat_logger_in(registry: CollectorRegistry) -> type[PrometheusStatLogger]:
 
 
 class CoreCollector(Collector):
-    """Our metrics of the models' cores, read when they are scraped."""
+    """Our metrics of the models' cores and doors, and of each replica's requests, read when they are scraped.
 
-    def __init__(self, table: ModelTable) -> None:
-        self._table = table
+    A replica is named by its engine number, as in vLLM's metrics: there are no more of these than replicas.
+    """
+
+    def __init__(self, table: ModelTable, ledger: SloLedger) -> None:
+        self._table, self._ledger = table, ledger
 
     def collect(self) -> Iterable[Metric]:
         by = ["model_name"]
@@ -43,12 +47,28 @@ class CoreCollector(Collector):
         retried = CounterMetricFamily(
             "ellm_requests_retried", "Requests sent again before their first token.", labels=by
         )
+        waiting = GaugeMetricFamily("ellm_requests_waiting", "Requests that wait for a replica.", labels=by)
+        tokens = GaugeMetricFamily("ellm_tokens_waiting", "Tokens of these, with their expected answers.", labels=by)
+        limit = GaugeMetricFamily(
+            "ellm_requests_limit", "Requests that this ingress lets into the replicas at once.", labels=by
+        )
+        each = [*by, "engine"]
+        requests = CounterMetricFamily("ellm_slo_replica_requests", "Ended requests that it answered.", labels=each)
+        kept = CounterMetricFamily("ellm_slo_replica_kept", "Of these, those that kept every target.", labels=each)
         for model in self._table.routed:
             core = model.engine.engine_core
+            waiting.add_metric([model.name], core.door.waiting)
+            tokens.add_metric([model.name], core.door.waiting_tokens)
+            limit.add_metric([model.name], core.door.room.limit)
+            tallies = self._ledger.account(model.name).by_replica
+            for number, replica in core.replica_numbers.items():
+                if replica in tallies:
+                    requests.add_metric([model.name, str(number)], tallies[replica].counted)
+                    kept.add_metric([model.name, str(number)], tallies[replica].kept)
             reachable.add_metric([model.name], core.reachable)
             in_flight.add_metric([model.name], core.in_flight)
             retried.add_metric([model.name], core.retried)
-        return [reachable, in_flight, retried]
+        return [reachable, in_flight, waiting, tokens, limit, retried, requests, kept]
 
 
 class MergedRegistry(CollectorRegistry):
@@ -68,14 +88,14 @@ class MergedRegistry(CollectorRegistry):
 
 
 class MetricsEndpoint:
-    """The handler of GET /metrics: the process, and every model that takes requests."""
+    """The handler of GET /metrics: the process, every model that takes requests, and how requests have fared."""
 
-    def __init__(self, table: ModelTable) -> None:
+    def __init__(self, table: ModelTable, ledger: SloLedger) -> None:
         self._table = table
-        self._ours = CollectorRegistry()
-        self._ours.register(CoreCollector(table))
+        self._ours = [CollectorRegistry(), ledger.registry]
+        self._ours[0].register(CoreCollector(table, ledger))
 
     async def __call__(self, request: Request) -> Response:
         models = (model.metrics for model in self._table.routed)
-        merged = MergedRegistry([REGISTRY, *models, self._ours])
+        merged = MergedRegistry([REGISTRY, *models, *self._ours])
         return Response(generate_latest(merged), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -21,8 +21,9 @@ from replicas.replica import EngineReplica
 from replicas.spec import EngineSpec
 
 if TYPE_CHECKING:
-    from cluster.config import HttpConfig, ModelConfig
+    from cluster.config import ClusterConfig, ModelConfig
     from cluster.model_plan import IngressState
+    from cluster.slo_ledger import SloReport
     from memory_agent.agent import AgentSpec
 
 APP_NAME = "ellm"
@@ -56,11 +57,11 @@ def model_app_name(model: str) -> str:
     return MODEL_APPS + quote(model, safe="")
 
 
-def build_api_app(http: "HttpConfig") -> serve.Application:
-    """The API over all models of the registry."""
+def build_api_app(config: "ClusterConfig") -> serve.Application:
+    """The API over all models of the registry; of ``config`` it takes what is not a model's."""
     ingress = serve.deployment(
         name=API_DEPLOYMENT,
-        num_replicas=http.ingress_replicas,
+        num_replicas=config.http.ingress_replicas,
         health_check_period_s=2.0,
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
@@ -68,7 +69,7 @@ def build_api_app(http: "HttpConfig") -> serve.Application:
         logging_config=_QUIET,
         ray_actor_options={"num_cpus": REPLICA_CPUS},
     )(ApiIngress)
-    return ingress.bind(http.host, http.port)
+    return ingress.bind(config)
 
 
 def build_model_app(
@@ -105,19 +106,23 @@ class ApiIngress:
     """Serves the API on an address of its node, which all its replicas there share. Built when it takes requests, with
     every model that the cluster serves already."""
 
-    async def __init__(self, host: str, port: int) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+    async def __init__(self, config: "ClusterConfig") -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """Must run on the event loop that will serve requests, as Ray Serve does it. Raises OSError where nothing can
-        listen at ``host:port``."""
+        listen at its address."""
         from cluster.http_server import HttpServer
         from cluster.ingress import build_ingress
 
-        self._table, api = await build_ingress(REPLICA_REQUEST_LIMIT)
-        self._server = HttpServer(api, host, port, INGRESS_REQUEST_LIMIT, DRAIN_S)
+        self._table, self._ledger, api = await build_ingress(config, REPLICA_REQUEST_LIMIT)
+        self._server = HttpServer(api, config.http.host, config.http.port, INGRESS_REQUEST_LIMIT, DRAIN_S)
         await self._server.start()
 
     async def model_state(self) -> "IngressState":
         """Asked by the registry: the models of this process."""
         return self._table.state()
+
+    async def slo_report(self) -> "SloReport":
+        """Asked by every ingress process that shows the cluster's state."""
+        return self._ledger.report()
 
     async def check_health(self) -> None:
         """Called by Ray Serve: raises where the server has ended, which replaces this process."""

@@ -17,28 +17,36 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from cluster.api import build_api
 from cluster.api_metrics import MetricsEndpoint, stat_logger_in
 from cluster.app import ENGINE_DEPLOYMENT, ApiModel, model_app_name
+from cluster.config import ClusterConfig
 from cluster.core_client import ClusterCore
+from cluster.door import open_door
 from cluster.engine import ClusterEngine, check_upstream
 from cluster.model_table import ModelTable, ServedModel
 from cluster.registry_link import RegistryFollower
+from cluster.slo_layer import SloLayer
+from cluster.slo_ledger import SloLedger
+from cluster.slo_reports import SloReports
 from replicas.engine_config import build_engine_args
 from replicas.replica import ReplicaInfo
 
 
-async def build_ingress(replica_limit: int) -> tuple[ModelTable, Starlette]:
-    """The models of the registry, kept up to date while the application runs, and the application over them. Waits for
-    the models that are served already.
+async def build_ingress(settings: ClusterConfig, replica_limit: int) -> tuple[ModelTable, SloLedger, Starlette]:
+    """The models of the registry, kept up to date while the application runs, how their requests fare, and the
+    application over them. Waits for the models that are served already.
 
     Args:
+        settings: its classes and its admission count here.
         replica_limit: requests that one replica takes at once.
 
     Raises UpstreamChangedError for another vLLM than the supported one.
     """
     check_upstream()
-    table = ModelTable(lambda model: _serve(model, replica_limit))
+    table, ledger = ModelTable(lambda model: _serve(model, settings, replica_limit)), SloLedger()
     follower = RegistryFollower(table)
     await table.until_ready(await follower.first())
-    return table, build_api(table, MetricsEndpoint(table), follower.run)
+    layer, metrics = SloLayer(settings.slo, ledger), MetricsEndpoint(table, ledger)
+    reports = SloReports(ledger, settings.http.ingress_replicas)
+    return table, ledger, build_api(table, layer, metrics, reports.read, follower.run)
 
 
 def vllm_args(model: ApiModel) -> Namespace:
@@ -53,7 +61,7 @@ def vllm_args(model: ApiModel) -> Namespace:
     return args
 
 
-async def _serve(model: ApiModel, replica_limit: int) -> ServedModel:
+async def _serve(model: ApiModel, settings: ClusterConfig, replica_limit: int) -> ServedModel:
     """One model's engine and API. Raises what vLLM raises for settings it refuses."""
     config = build_engine_args(model.spec).create_engine_config(UsageContext.OPENAI_API_SERVER)
     args = vllm_args(model)
@@ -62,7 +70,9 @@ async def _serve(model: ApiModel, replica_limit: int) -> ServedModel:
     )
     info: ReplicaInfo = await handle.info.remote()
     _learn(config, info)
-    core = ClusterCore(model.spec.model_name, handle, info, model.replicas, replica_limit)
+    seqs = min(model.spec.max_num_seqs, replica_limit)
+    door = open_door(settings.slo, settings.admission, seqs, model.replicas, settings.http.ingress_replicas)
+    core = ClusterCore(model.spec.model_name, handle, info, model.replicas, replica_limit, door)
     await core.open(get_node_ip_address())  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     engine = ClusterEngine(config, core, [stat_logger_in(registry)])

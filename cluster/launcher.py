@@ -218,7 +218,7 @@ class LocalCluster:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._undo.append(("replicas and API", _end_applications))
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
-        target = serve.RunTarget(build_api_app(self.config.http), name=APP_NAME, route_prefix=None)
+        target = serve.RunTarget(build_api_app(self.config), name=APP_NAME, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
         self._wait_until_serving(registry, say)
 

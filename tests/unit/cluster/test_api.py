@@ -21,9 +21,14 @@ from cluster.api_metrics import CoreCollector, MergedRegistry, MetricsEndpoint
 from cluster.api_routes import API_ROUTES, RouteState, routes_table
 from cluster.app import ApiModel
 from cluster.cluster_status import ControllerAwayError
+from cluster.config import SloClass
+from cluster.door import Door
 from cluster.ingress import vllm_args
 from cluster.model_table import ModelTable, ServedModel
 from cluster.models_api import RegistryAwayError
+from cluster.slo_layer import SloLayer
+from cluster.slo_ledger import SloLedger
+from cluster.slo_reports import SloReports
 from replicas.spec import EngineSpec
 
 
@@ -55,7 +60,7 @@ def served(name: str) -> ServedModel:
         return SimpleNamespace(data=[SimpleNamespace(model_dump=lambda: {"id": name})])
 
     app.state.openai_serving_models = SimpleNamespace(show_available_models=show_available_models)
-    core = SimpleNamespace(reachable=1, in_flight=2, retried=3)
+    core = SimpleNamespace(reachable=1, in_flight=2, retried=3, door=Door(), replica_numbers={0: "r"})
     engine: Any = SimpleNamespace(engine_core=core, shutdown=lambda: None)
 
     async def close() -> None:
@@ -77,7 +82,9 @@ async def client(*names: str) -> AsyncIterator[tuple[httpx.AsyncClient, ModelTab
     table = ModelTable(build)
     table.follow([ApiModel(spec(name), 1, None, None) for name in names])
     await table.until_ready(names)
-    api = build_api(table, MetricsEndpoint(table), follow)
+    ledger = SloLedger()
+    layer, reports = SloLayer([SloClass()], ledger), SloReports(ledger, ingresses=1)
+    api = build_api(table, layer, MetricsEndpoint(table, ledger), reports.read, follow)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://api") as http:
         yield http, table
     await table.close()
@@ -212,9 +219,10 @@ async def test_status_is_the_snapshot_or_a_reason(two: httpx.AsyncClient, monkey
 
     monkeypatch.setattr(cluster.api, "read_snapshot", snapshot)
     monkeypatch.setattr(cluster.api, "read_models", models)
-    assert (await two.get("/ellm/status")).json() == {"nodes": [], "models": [{"name": "small"}]}
+    shown = (await two.get("/ellm/status")).json()
+    assert (shown["nodes"], shown["models"], shown["slo"]["ingresses"]) == ([], [{"name": "small"}], 1)
     monkeypatch.setattr(cluster.api, "read_models", no_models)
-    assert (await two.get("/ellm/status")).json() == {"nodes": [], "models": None}
+    assert (await two.get("/ellm/status")).json()["models"] is None
     monkeypatch.setattr(cluster.api, "read_snapshot", away)
     answer = await two.get("/ellm/status")
     assert answer.status_code == 503
@@ -245,4 +253,4 @@ def test_equal_families_are_merged() -> None:
 def test_our_metrics_start_with_our_name() -> None:
     """Every metric of ours starts with ellm_."""
     table = ModelTable(AsyncMock())
-    assert all(metric.name.startswith("ellm_") for metric in CoreCollector(table).collect())
+    assert all(metric.name.startswith("ellm_") for metric in CoreCollector(table, SloLedger()).collect())
