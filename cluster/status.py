@@ -9,6 +9,7 @@ from rich.text import Text
 
 _UNITS = ("B", "Ki", "Mi", "Gi", "Ti")
 _REPLICA_SIZES = ("used_bytes", "held_bytes_os", "limit_bytes", "host_bytes")
+_ENDINGS = ("answered", "rejected", "failed", "timed_out", "cancelled")
 _LEVEL_STYLE = {"NORMAL": "green", "ELEVATED": "yellow", "CRITICAL": "bold red"}
 
 
@@ -20,6 +21,8 @@ def render_status(snapshot: dict[str, Any]) -> RenderableType:
         parts.append(Text("the model registry is away; models are served without it", style="yellow"))
     else:
         parts.append(render_models(snapshot["models"]))
+    if snapshot["slo"]["total"]["requests"]:
+        parts.append(render_slo(snapshot["slo"]))
     if devices:
         parts.append(_device_table(devices))
         parts.append(_replica_table(devices))
@@ -51,6 +54,21 @@ def render_models(models: Iterable[dict[str, Any]]) -> RenderableType:
         sizes = (model[f"{size}_bytes"] for size in ("guarantee", "ceiling", "held", "limit"))
         replicas, running, waiting = (str(model[count]) for count in ("replicas", "running", "waiting"))
         table.add_row(model["name"], phase, replicas, *map(format_bytes, sizes), running, waiting)
+    return table
+
+
+def render_slo(slo: dict[str, Any]) -> RenderableType:
+    """A table of how requests have fared. ``slo`` is what ``cluster.slo_ledger.to_json`` returns."""
+    table = _table(
+        f"\nRequests of {slo['duration_s']:.0f} s, by class and by model: share that kept every target, how they ended",
+        ("class or model",),
+    )
+    for column in ("kept", "goodput", *_ENDINGS):
+        table.add_column(column.replace("_", " "), justify="right", no_wrap=True)
+    for name, tally in (*slo["classes"].items(), *slo["models"].items()):
+        share = "-" if tally["attainment"] is None else f"{tally['attainment']:.1%}"
+        goodput = f"{tally['goodput_requests_per_s']:.2f}/s"
+        table.add_row(name, share, goodput, *(str(tally[ending]) for ending in _ENDINGS))
     return table
 
 

@@ -6,9 +6,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from cluster.bench.report import Slo
+from cluster.slo import Ending, Outcome, SloAccount
+from cluster.slo_ledger import SloReport, to_json
 from cluster.status import format_bytes, render_status
 
 NODE = "0123456789abcdef0123456789abcdef"
+SLO = SloReport(SloAccount(), 10.0)
+for ending in (Ending.ANSWERED, Ending.ANSWERED, Ending.ANSWERED, Ending.REJECTED, Ending.CANCELLED):
+    SLO.account.add(Outcome("chat", "smol", "r", Slo(), ending, 0.1, 0.01, 1.0, 5))
 
 
 def replica(engine_id: str, **values: Any) -> dict[str, Any]:
@@ -43,6 +49,7 @@ def snapshot(*replicas: dict[str, Any]) -> dict[str, Any]:
         "absent_devices": [],
         "models": [model("smol"), model("fixed", elastic=False), {"name": "new", "phase": "sizing"}],
         "bounds": {"token_budget_max": 512, "active_max": 0},
+        "slo": to_json([SLO]),
     }
 
 
@@ -68,6 +75,14 @@ def test_replica_row_shows_its_lease_and_work() -> None:
     expected = "abc12345 CRITICAL smol 20.0Mi 50.0Mi 512Mi 8.00Mi 25% 2 3 4 5 17/16"
     text = shown(snapshot(replica("app#model#abc12345", pressure="CRITICAL")))
     assert row_of(text, "abc12345") == expected.split()
+
+
+def test_class_row_shows_how_its_requests_fared() -> None:
+    """Attainment, goodput and endings stand in a class's row and in its model's; without requests there is no table."""
+    text = shown(snapshot())
+    assert row_of(text, "chat") == ["chat", "75.0%", "0.30/s", "3", "1", "0", "0", "1"]
+    assert row_of(text[text.index("chat") :], "smol") == ["smol", "75.0%", "0.30/s", "3", "1", "0", "0", "1"]
+    assert "kept every target" not in shown(snapshot() | {"slo": to_json([])})
 
 
 def test_model_row_shows_its_limits_and_what_it_holds() -> None:
