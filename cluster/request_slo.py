@@ -109,19 +109,17 @@ class RequestSlo:
                 part.stop()
 
     def outcome(self, model: str, ending: Ending) -> Outcome:
-        """What is counted. Of several parts the slowest: an answer is there when all of it is."""
-        parts = self.parts
-        # Not max alone, which passes over NaN or not, as they stand.
-        complete = bool(parts) and all(part.has_begun for part in parts)
+        """What is counted. Of several parts: the first token of any, the slowest pace, the last end."""
+        parts = [part for part in self.parts if part.has_begun]
         return Outcome(
             slo_class=self.slo_class.name,
             model=model,
-            replica=next((part.replica for part in parts if part.replica), ""),
+            replica=parts[0].replica if parts else "",
             slo=self.slo,
             ending=ending,
-            ttft_s=max(part.first_s for part in parts) - self.arrived_s if complete else math.nan,
-            tpot_s=max(part.tpot_s for part in parts) if complete else math.nan,
-            latency_s=max(part.last_s for part in parts) - self.arrived_s if complete else math.nan,
+            ttft_s=min((part.first_s for part in parts), default=math.nan) - self.arrived_s,
+            tpot_s=max((part.tpot_s for part in parts), default=math.nan),
+            latency_s=max((part.last_s for part in parts), default=math.nan) - self.arrived_s,
             output_tokens=sum(part.tokens for part in parts),
         )
 
