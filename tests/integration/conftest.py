@@ -9,13 +9,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.config import ClusterConfig, HttpConfig, ModelConfig
+from cluster.config import ClusterConfig, HttpConfig, ModelConfig, SloClass
 from cluster.launcher import LocalCluster
 
 # Ray reads this once, when it is imported first, and the test modules import it before any cluster is started.
 os.environ["RAY_AUTH_MODE"] = "token"
 
 MAX_MODEL_LEN = 2048
+CLASSES = [
+    SloClass(sheddable=False),
+    SloClass(name="interactive", ttft_ms=1000.0, tpot_ms=1000.0),
+    SloClass(name="hasty", deadline_ms=1500.0, sheddable=False),
+]
+"""Requests without a header are of the first, as in a cluster that names no classes."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,7 +42,7 @@ def vllm_sockets() -> Iterator[None]:
 def local_cluster() -> Iterator[LocalCluster]:
     """The cluster. This process is connected to its Ray, in the namespace ``ellm``."""
     model = ModelConfig(replicas=2, max_model_len=MAX_MODEL_LEN, max_num_seqs=16)
-    config = ClusterConfig(models=[model], http=HttpConfig(port=_free_port()))
+    config = ClusterConfig(models=[model], http=HttpConfig(port=_free_port()), slo=CLASSES)
     log = logging.getLogger("local_cluster")
     with LocalCluster(config, lambda stage, seconds, line: log.info("%s %.1f s: %s", stage, seconds, line)) as cluster:
         yield cluster
