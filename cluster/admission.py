@@ -113,8 +113,8 @@ class AdmissionQueue:
 
     Attributes:
         requests, tokens: that wait.
-        capacity: tokens a second that are known to enter while others wait, where the owner knows. Without it the rate
-            at which requests have entered in the last seconds counts, which is less where few came.
+        capacity: tokens a second that enter while others wait, where the owner knows. Without it the rate at which
+            requests have entered in the last seconds counts, which is less where few came.
     """
 
     def __init__(self, classes: Sequence[SloClass], limits: QueueLimits | None = None) -> None:
@@ -123,7 +123,7 @@ class AdmissionQueue:
         self._limits = limits or QueueLimits()
         self._clock = 0.0
         self._rate, self._rate_s = 0.0, -math.inf
-        self.capacity = 0.0
+        self.capacity: float | None = None
         self.requests = self.tokens = 0
 
     def offer(self, ticket: Ticket, now_s: float, room: bool) -> Decision:
@@ -197,7 +197,7 @@ class AdmissionQueue:
         its class, at the class's share; never longer than all that waits. Infinite while nobody has entered."""
         if not self.tokens:
             return 0.0
-        rate = max(self._rate, self.capacity)
+        rate = self._rate if self.capacity is None else self.capacity
         if rate <= 0:
             return math.inf
         one = self._class_of(ticket)

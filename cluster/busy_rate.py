@@ -14,8 +14,10 @@ _MEMORY_S = 10.0
 class BusyRate:
     """Used by one thread; ``now_s`` never falls."""
 
-    def __init__(self) -> None:
-        self._done, self._busy_s = 0.0, 0.0
+    def __init__(self, credit: float = 0.0) -> None:
+        """credit: counts as done at once in the beginning. With it the rate is no longer unknown after some busy time
+        without anything done, but falls from very high."""
+        self._done, self._busy_s = credit, 0.0
         self._since_s: float | None = None
         """Busy from then on, as far as it is not in ``_busy_s``; None while there is nothing to do."""
 

@@ -64,7 +64,7 @@ class Door:
         self._numbers = itertools.count()
         self._waits: dict[RequestSlo, _Wait] = {}
         self._owners: dict[int, RequestSlo] = {}
-        self._entries = BusyRate()
+        self._entries = BusyRate(credit=self.room.limit * _ANSWER_TOKENS)
         self._answer_tokens = _ANSWER_TOKENS
         self._tick: asyncio.TimerHandle | None = None
 

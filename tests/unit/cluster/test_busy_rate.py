@@ -15,6 +15,15 @@ def test_nothing_done_is_no_rate() -> None:
     assert rate.per_s(1.0, math.inf) == math.inf
 
 
+def test_a_credit_is_used_up_by_standstill() -> None:
+    """Unknown at first, then what was lent over the time in which nothing was done."""
+    rate = BusyRate(credit=100.0)
+    rate.set_busy(True, 0.0)
+    assert rate.per_s(0.0, math.inf) == math.inf
+    assert rate.per_s(2.0, math.inf) == pytest.approx(50.0)
+    assert rate.per_s(200.0, math.inf) < 1.0
+
+
 def test_idle_time_does_not_count() -> None:
     """Ten a second while busy is ten a second after an hour without work."""
     rate = BusyRate()

@@ -176,6 +176,26 @@ def test_a_full_queue_refuses_with_whole_seconds() -> None:
     run_virtually(play())
 
 
+def test_the_longer_nobody_enters_the_later_one_may_come_again() -> None:
+    """A queue that stands still from the beginning tells nobody to come again in a second."""
+
+    async def play() -> None:
+        at = door(limits=QueueLimits(requests=5))
+        for _ in range(6):
+            Visitor(at)
+        told = list[int]()
+        for _ in range(3):
+            await asyncio.sleep(20.0)
+            refused = Visitor(at)
+            await turn()
+            assert refused.request.halt is not None and refused.request.halt.retry_after_s is not None
+            told.append(refused.request.halt.retry_after_s)
+        assert 10 < told[0] < told[1] < told[2]
+        at.close()
+
+    run_virtually(play())
+
+
 def test_one_that_has_become_late_is_refused_while_it_waits() -> None:
     """A sheddable request that waited past its target leaves with 429, though nothing else happens; others wait on."""
 
