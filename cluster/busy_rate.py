@@ -27,9 +27,10 @@ class BusyRate:
         self._since_s = now_s if busy else None
 
     def done(self, amount: float, now_s: float) -> None:
-        """So much of it is done."""
-        self._age(now_s)
-        self._done += amount
+        """So much of it is done; nothing where there was nothing to do."""
+        if self._since_s is not None:
+            self._age(now_s)
+            self._done += amount
 
     def seconds_for(self, amount: float, now_s: float, unknown: float) -> float:
         """How long that much takes; ``unknown`` before any was done."""

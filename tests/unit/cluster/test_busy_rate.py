@@ -15,6 +15,17 @@ def test_nothing_done_is_no_rate() -> None:
     assert rate.per_s(1.0, math.inf) == math.inf
 
 
+def test_what_is_done_while_there_is_nothing_to_do_does_not_count() -> None:
+    """Work that ends while nobody waits for it is no sign of a high rate."""
+    rate = BusyRate()
+    for at in range(100):
+        rate.done(1, at / 100)
+    rate.set_busy(True, 2.0)
+    assert rate.per_s(2.1, math.nan) is math.nan
+    rate.done(1, 2.5)
+    assert rate.per_s(2.5, math.nan) == pytest.approx(2.0)
+
+
 def test_a_credit_is_used_up_by_standstill() -> None:
     """Unknown at first, then what was lent over the time in which nothing was done."""
     rate = BusyRate(credit=100.0)

@@ -37,6 +37,16 @@ def test_one_more_enters_where_a_place_is_about_to_be_free() -> None:
     assert one.has_room(1, 2.0) and not one.has_room(8, 2.0)
 
 
+def test_ends_without_overload_open_no_door() -> None:
+    """That many short requests have ended while there were places says nothing of when the next one is free."""
+    one = room()
+    for at in range(50):
+        fill(one, 1, at / 50)
+        one.ended(100, has_begun=True, now_s=at / 50)
+    fill(one, 8, 1.0)
+    assert not one.has_room(1, 1.01)
+
+
 def test_prompts_that_wait_longer_than_the_patience_keep_others_out() -> None:
     """1,000 prompt tokens a second: 400 before it are fine, 600 are not; one a replica is always let in."""
     one = room(seqs=100)
