@@ -4,7 +4,8 @@ what is full and what is late follows from its pace and not from this machine's.
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 NAME = "paced"
 PLACES = 4
 TOKENS_PER_S = 20
+DEADLINE_S = 30.0
 
 
 def ellm(url: str, *arguments: str) -> None:
@@ -52,6 +54,14 @@ def metric(http: httpx.Client, line: str) -> float:
     return next((float(one.rpartition(" ")[2]) for one in text.splitlines() if one.startswith(line)), 0.0)
 
 
+def until(reached: Callable[[], bool], what: str) -> None:
+    """A request is counted a moment after its client has its answer."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not reached():
+        assert time.monotonic() < deadline_s, f"not within {DEADLINE_S:g} s: {what}"
+        time.sleep(0.05)
+
+
 def test_nonsense_is_refused(http: httpx.Client) -> None:
     """An unknown class is 400 in OpenAI's form, with the classes there are."""
     answer = ask(http, 1, "golden")
@@ -74,7 +84,7 @@ def test_a_deadline_ends_a_request_and_its_engines_work(http: httpx.Client, stre
         assert answer.status_code == 504
         error = answer.json()["error"]
     assert (error["code"], "deadline of class hasty" in error["message"]) == (504, True)
-    assert counts(http, "hasty")["timed_out"] == before + 1
+    until(lambda: counts(http, "hasty").get("timed_out") == before + 1, "it is counted")
     assert metric(http, f'ellm_requests_in_flight{{model_name="{NAME}"}}') == 0
 
 
@@ -98,9 +108,8 @@ def test_overload_is_refused_and_patience_is_answered(http: httpx.Client) -> Non
     for one in refused:
         assert int(one.headers["retry-after"]) >= 1
         assert one.json()["error"]["message"].startswith("refused: ")
-    after = counts(http, "interactive")
-    changed = {key: after[key] - before.get(key, 0) for key in ("requests", "answered", "rejected")}
-    assert changed == {"requests": 24, "answered": len(answered), "rejected": len(refused)}
+    new = {"requests": 24, "answered": len(answered), "rejected": len(refused)}
+    until(lambda: {key: counts(http, "interactive")[key] - before.get(key, 0) for key in new} == new, "all are counted")
     assert metric(http, f'ellm_requests_waiting{{model_name="{NAME}"}}') == 0
 
 
@@ -115,5 +124,5 @@ def test_counts_are_metrics_too(http: httpx.Client) -> None:
     replicas = [f'ellm_slo_replica_requests_total{{engine="{n}",model_name="{NAME}"}}' for n in (0, 1)]
     by_replica = sum(metric(http, line) for line in replicas)
     assert ask(http, 2, "interactive").status_code == 200
-    assert [metric(http, line) for line in lines] == [value + 1 for value in before]
+    until(lambda: [metric(http, line) for line in lines] == [value + 1 for value in before], "it is counted")
     assert sum(metric(http, line) for line in replicas) == by_replica + 1
