@@ -6,6 +6,8 @@ from http import HTTPStatus
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.admission import AdmissionQueue, QueueLimits
 from cluster.bench.report import Slo
@@ -39,7 +41,7 @@ class Visitor:
         self.request = RequestSlo(slo_class, class_targets(slo_class), now_s, tenant)
         self.tasks: list[asyncio.Task[bool]] = []
         for number in range(parts):
-            self.request.add(Part(10, lambda number=number: self._stop(number)))  # type: ignore[misc]
+            self.request.add(Part(10, lambda number=number: self.drop(number)))  # type: ignore[misc]
             self.tasks.append(asyncio.create_task(at.enter(self.request.parts[number])))
 
     @property
@@ -55,9 +57,10 @@ class Visitor:
     def leave(self) -> None:
         """The client goes, as the core hears of it."""
         for number in range(len(self.tasks)):
-            self._stop(number)
+            self.drop(number)
 
-    def _stop(self, number: int) -> None:
+    def drop(self, number: int) -> None:
+        """One of its parts is given up."""
         self.door.ended(self.request.parts[number], 0)
         self.tasks[number].cancel()
 
@@ -266,6 +269,54 @@ def test_replicas_that_come_let_the_waiting_in() -> None:
         at.replicas(1, 0)
         await turn()
         assert (one.inside, two.inside, three.inside) == ([True], [True], [False])
+        at.close()
+
+    run_virtually(play())
+
+
+EVENTS = st.tuples(
+    st.sampled_from(["come", "come", "come", "drop", "end", "leave", "halt", "wait", "replicas"]), st.integers(0, 20)
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(EVENTS, min_size=10, max_size=50))
+def test_nobody_is_lost_whatever_happens(events: list[tuple[str, int]]) -> None:
+    """Requests of several parts and classes come, end, lose a part, leave and time out in any order, while replicas
+    come and go, and tokens arrive that nobody waits for any more: each is outside or inside with all parts that are
+    not over, the counts say so, and when all have left nothing is left."""
+
+    async def play() -> None:
+        at = door(places=4, limits=QueueLimits(requests=6))
+        visitors: list[Visitor] = []
+        for event, number in events:
+            one = visitors[number % len(visitors)] if visitors else None
+            if event == "come":
+                visitors.append(Visitor(at, 1 + number % 3, (BATCH, CHAT)[number % 2], "abc"[number % 3]))
+            elif event == "wait":
+                await asyncio.sleep(number / 10)
+            elif event == "replicas":
+                at.replicas(number % 3, 0)
+            elif one is not None and event == "halt":
+                one.request.stop(HALT)
+            elif one is not None and event == "leave":
+                one.leave()
+            elif one is not None and event == "drop":
+                one.drop(0)
+            elif one is not None and (any(one.inside) or all(part.over for part in one.request.parts)):
+                one.end()
+            await turn()
+            inside = [sum(one.inside) for one in visitors]
+            left = [sum(not part.over for part in one.request.parts) for one in visitors]
+            waiting = sum(not task.done() for one in visitors for task in one.tasks)
+            assert all(count in (0, most) for count, most in zip(inside, left, strict=True))
+            assert all(one.request.admitted for one in visitors if any(one.inside))
+            assert (at.room.inside, at.waiting) == (sum(inside), waiting)
+            assert (at.waiting_tokens > 0) == (waiting > 0)
+        for one in visitors:
+            one.leave()
+        await turn()
+        assert (at.waiting, at.waiting_tokens, at.room.inside, at.room.pending) == (0, 0, 0, 0)
         at.close()
 
     run_virtually(play())
