@@ -221,7 +221,7 @@ class ClusterCore:
             relay.part.failed = True
             self._put_out(EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR))
         finally:
-            self.door.ended(relay.part, len(relay.token_ids))
+            self.door.ended(relay.part)
             self._relays.pop(request_id, None)
 
     async def _try_once(self, relay: Relay) -> Exception | None:
@@ -253,7 +253,7 @@ class ClusterCore:
         relay = self._relays.pop(request_id, None)
         if relay is None:
             return False
-        self.door.ended(relay.part, len(relay.token_ids))
+        self.door.ended(relay.part)
         if relay.task is not None:
             relay.task.cancel()
         return True
@@ -272,12 +272,12 @@ class ClusterCore:
             relay.fault = f"tokens from {offset} came after {len(relay.token_ids)} tokens"
             return
         relay.token_ids.extend(output.new_token_ids)
-        self.door.room.tokens += len(output.new_token_ids)
+        relay.part.tokens = len(relay.token_ids)
         if not offset and relay.token_ids:
             self.door.began(relay.part, replica)
         relay.finished = output.finished
         if relay.finished:
-            self.door.ended(relay.part, len(relay.token_ids))
+            self.door.ended(relay.part)
         self._put_out(output)
 
     def _put_out(self, output: EngineCoreOutput) -> None:

@@ -94,18 +94,18 @@ class Door:
             return
         part.first_s, part.replica = self._clock(), replica
         if part.sent:
-            self.room.began(part.prompt_tokens, part.first_s)
+            self.room.began(part, part.first_s)
             self._let_in()
 
-    def ended(self, part: Part, tokens: int) -> None:
-        """It is over, with so many tokens. Again does nothing."""
+    def ended(self, part: Part) -> None:
+        """It is over. Again does nothing."""
         if part.over:
             return
-        part.over, part.tokens, part.last_s = True, tokens, self._clock()
+        part.over, part.last_s = True, self._clock()
         if part.sent:
-            self.room.ended(part.prompt_tokens, part.has_begun, part.last_s)
+            self.room.ended(part, part.last_s)
             if part.has_begun:
-                self._answer_tokens += (1 - _ANSWER_MEMORY) * (tokens - self._answer_tokens)
+                self._answer_tokens += (1 - _ANSWER_MEMORY) * (part.tokens - self._answer_tokens)
             self._let_in()
 
     def replicas(self, count: int, requests: int) -> None:
@@ -119,7 +119,7 @@ class Door:
 
     def _send(self, part: Part) -> None:
         part.sent = True
-        self.room.sent(part.prompt_tokens, self._clock())
+        self.room.sent(part, self._clock())
 
     async def _decide(self, queue: AdmissionQueue, request: RequestSlo) -> None:
         """Returns when ``request`` is admitted or refused."""

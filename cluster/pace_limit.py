@@ -33,26 +33,29 @@ class PaceLimit:
         self.floor = floor
         self._wanted: dict[float, float] = {}
         self._given_up_s = -math.inf
-        self._decoding = 0
-        self._decoded_s = 0.0
-        self._tokens = 0
-        self._since_s = self._at_s = -math.inf
+        self._seconds, self._tokens = 0.0, 0
+        self._judged_s = -math.inf
 
     def want(self, tpot_s: float, now_s: float) -> None:
         """A request with this target has come."""
         self._wanted[tpot_s] = now_s
 
-    def look(self, inside: int, decoding: int, tokens: int, now_s: float) -> None:
-        """As it is now: requests in the engines, those of them with a token, and the tokens that have ever come."""
-        self._decoded_s += self._decoding * (now_s - self._at_s) if self._decoding else 0.0
-        self._decoding, self._at_s = decoding, now_s
-        if now_s - self._since_s < _WINDOW_S:
-            return
-        if self._decoded_s > 0 and tokens > self._tokens:
-            self._judge(self._decoded_s / (tokens - self._tokens), inside, now_s)
-        self._since_s, self._decoded_s, self._tokens = now_s, 0.0, tokens
+    def add(self, seconds: float, tokens: int) -> None:
+        """A request has got so many tokens, after the first, in that time."""
+        self._seconds += seconds
+        self._tokens += tokens
 
-    def _judge(self, tpot_s: float, inside: int, now_s: float) -> None:
+    def is_due(self, now_s: float) -> bool:
+        """Whether it is time for ``judge``."""
+        return now_s - self._judged_s >= _WINDOW_S
+
+    def judge(self, inside: int, now_s: float) -> None:
+        """Raise or lower the limit by what was added since the last time; ``inside``: requests in the engines."""
+        if self._tokens:
+            self._move(self._seconds / self._tokens, inside, now_s)
+        self._judged_s, self._seconds, self._tokens = now_s, 0.0, 0
+
+    def _move(self, tpot_s: float, inside: int, now_s: float) -> None:
         target_s = min((one for one, at_s in self._wanted.items() if now_s - at_s <= _WANTED_S), default=math.inf)
         if tpot_s <= target_s:
             if inside >= 0.9 * self.limit:

@@ -39,7 +39,7 @@ class Part:
         prompt_tokens: to be computed; stop: what ends it in the core.
         request: whose it is; None for one that came by no HTTP request.
         sent: it went to a replica; over: its end is known.
-        first_s, last_s: of its tokens; tokens: of its answer.
+        first_s, last_s: of its tokens; tokens: of its answer, so far.
         replica: id of the one that answered, empty before its first token.
         failed: it ended with an error.
     """

@@ -20,12 +20,12 @@ _EPSILON_S = 1e-9
 
 @dataclass(eq=False)
 class _Replica:
-    """since_s: of the run of steps under way; tokens_per_s: that it makes."""
+    """since_s: of the run of steps under way; steps_per_s: of it."""
 
     name: str
     engine: EngineModel
     since_s: float = 0.0
-    tokens_per_s: float = 0.0
+    steps_per_s: float = 0.0
     has: dict[EngineRequest, tuple[Part, "asyncio.Future[None]"]] = field(default_factory=dict)
 
 
@@ -38,6 +38,10 @@ class PlayedCluster:
         self._classes = {one.name: one for one in classes}
         self._replicas = [_Replica(f"r{n}", EngineModel(profile)) for n in range(replicas)]
         self._loop = asyncio.get_running_loop()
+
+    def slow_down(self, slowness: float) -> None:
+        """The first replica's steps take so many times as long."""
+        self._replicas[0].engine.slowness = slowness
 
     async def serve(self, come: Sequence[Arrival]) -> None:
         """All of them, each at its time, until the last one has ended."""
@@ -66,13 +70,16 @@ class PlayedCluster:
         replica.engine.submit(one, self._loop.time())
         self._follow(replica)
         await done
-        self._door.ended(part, arrival.output_tokens)
+        part.tokens = arrival.output_tokens
+        self._door.ended(part)
 
     def _follow(self, replica: _Replica) -> None:
         now_s = self._loop.time()
-        self._door.room.tokens += round((now_s - replica.since_s) * replica.tokens_per_s)
+        steps = round((now_s - replica.since_s) * replica.steps_per_s)
+        for part, _done in replica.has.values():
+            part.tokens += steps * part.has_begun
         step = replica.engine.last_step()
-        replica.since_s, replica.tokens_per_s = now_s, step[0].rows / step[1] if step is not None else 0.0
+        replica.since_s, replica.steps_per_s = now_s, 1 / step[1] if step is not None else 0.0
         if (at_s := replica.engine.next_event_s) < math.inf:
             self._loop.call_at(at_s, self._advance, replica)
 
@@ -80,8 +87,8 @@ class PlayedCluster:
         if replica.engine.next_event_s > self._loop.time() + _EPSILON_S:
             return
         progress = replica.engine.advance()
-        self._door.room.tokens += len(progress.started)
         for one in progress.started:
+            replica.has[one][0].tokens = 1
             self._door.began(replica.has[one][0], replica.name)
         for one in progress.finished:
             replica.has.pop(one)[1].set_result(None)

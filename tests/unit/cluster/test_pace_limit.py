@@ -10,14 +10,14 @@ TARGET_S = 0.040
 
 def play(limit: PaceLimit, tpot_s: Callable[[int], float], wanted: int, begin_s: float, seconds: int) -> list[int]:
     """Requests inside by second: as many as wanted and allowed, of which a tenth ends each quarter second."""
-    inside, tokens, seen = min(wanted, limit.limit), 0.0, []
+    inside, seen = min(wanted, limit.limit), []
     for tick in range(4 * seconds):
         now_s = begin_s + tick / 4
         limit.want(TARGET_S, now_s)
-        tokens += inside * 0.25 / tpot_s(int(inside))
+        limit.add(inside * 0.25, round(inside * 0.25 / tpot_s(int(inside))))
         inside = max(min(wanted, limit.limit), 0.9 * inside)
-        limit.look(int(inside), int(inside), int(tokens), now_s)
-        if tick % 4 == 3:
+        if limit.is_due(now_s):
+            limit.judge(int(inside), now_s)
             seen.append(int(inside))
     return seen
 
@@ -56,5 +56,6 @@ def test_a_target_that_is_asked_for_no_more_is_forgotten() -> None:
     limit.want(TARGET_S, 0.0)
     for second in range(3600, 3620):
         limit.want(1.0, second)
-        limit.look(100, 100, 100 * 10 * (second - 3600), second)  # 100 ms
+        limit.add(100.0, 1000)  # 100 ms
+        limit.judge(100, second)
     assert limit.limit == math.inf
