@@ -224,7 +224,8 @@ class ClusterConfig(_Section):
     http: HttpConfig = Field(default_factory=HttpConfig)
     """The API server."""
     slo: list[SloClass] = Field(default_factory=lambda: [SloClass(sheddable=False)], min_length=1)
-    """Latency targets by class. Left out: one class, of which nobody is refused for being late."""
+    """Latency targets by class. Left out: one class, of which nobody is refused for being late, or held back for the
+    others' TPOT."""
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
     """Who waits in front of the replicas, and who is refused."""
     controller: ControllerConfig = Field(default_factory=ControllerConfig)

@@ -56,8 +56,11 @@ class Door:
         queue: AdmissionQueue | None = None,
         room: Room | None = None,
         clock: Callable[[], float] = time.monotonic,
+        keeps_pace: bool = True,
     ) -> None:
+        """keeps_pace: requests are held back where the TPOT of those inside would suffer."""
         self.waiting = 0
+        self._keeps_pace = keeps_pace
         self._queue = queue
         self.room = room or Room(inf, seqs=1, replicas=1)
         self._clock = clock
@@ -127,7 +130,8 @@ class Door:
         if wait is None:
             now_s = self._clock()
             ticket = self._ticket(request, now_s)
-            self.room.want(request.slo_class.tpot_ms / 1000, now_s)
+            if self._keeps_pace:
+                self.room.want(request.slo_class.tpot_ms / 1000, now_s)
             queue.capacity = self._entries.per_s(now_s, unknown=inf)
             decision = queue.offer(ticket, now_s, self.room.has_room(len(request.parts), now_s))
             if decision.verdict is Verdict.ADMITTED:
@@ -214,12 +218,14 @@ def open_door(
     clock: Callable[[], float] = time.monotonic,
 ) -> Door:
     """The door of a model with ``replicas`` that run ``seqs`` requests each, of which ``ingresses`` processes have one
-    each."""
+    each. Where all requests are of one class, and none may be refused, nobody is held back for the others' TPOT: it
+    would only make each wait longer for its first token."""
     room = Room(ROOM_SHARE * min(one.ttft_ms for one in classes) / 1000, seqs, replicas, ingresses)
     if not admission.enabled:
         return Door(None, room, clock)
     limits = QueueLimits(max(1, admission.max_requests // ingresses), max(1, admission.max_tokens // ingresses))
-    return Door(AdmissionQueue(classes, limits), room, clock)
+    keeps_pace = len(classes) > 1 or classes[0].sheddable
+    return Door(AdmissionQueue(classes, limits), room, clock, keeps_pace)
 
 
 def _refusal(reason: str, retry_after_s: float) -> Stop:

@@ -374,6 +374,30 @@ def test_interactive_goodput_survives_overload(seqs: int, sheddable: bool) -> No
     assert goodput[3] >= 0.9 * goodput[1]
 
 
+def test_one_class_that_may_wait_is_not_held_back_for_its_tpot() -> None:
+    """Nobody is refused, so holding some back would only make them later: as many enter as the engines run, though
+    their TPOT is too long; with a second class, or where they may be refused, fewer do."""
+
+    async def limit(classes: Sequence[SloClass]) -> int:
+        clock = asyncio.get_running_loop().time
+        at = open_door(classes, AdmissionConfig(), seqs=4, replicas=2, ingresses=1, clock=clock)
+        visitors = [Visitor(at, slo_class=classes[0]) for _ in range(8)]
+        await turn()
+        for one in visitors:
+            at.began(one.request.parts[0], "r")
+        for second in range(1, 6):
+            await asyncio.sleep(1.0)
+            for one in visitors:
+                one.request.parts[0].tokens = second  # a second each
+            at.replicas(2, 8)
+        return at.room.limit
+
+    patient = CHAT.model_copy(update={"sheddable": False})
+    assert run_virtually(limit([patient])) == 8
+    assert run_virtually(limit([CHAT])) < 8
+    assert run_virtually(limit([patient, BATCH])) < 8
+
+
 def test_a_stuck_replica_does_not_close_the_door() -> None:
     """With one of two replicas a thousand times slower, the other one still gives at least two thirds of the answers
     that it gives alone, though nobody tells the door which one it is."""
