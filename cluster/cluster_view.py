@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import Any, Protocol
 
 from memory_agent.reports import DeviceReport, EngineReport, PressureLevel
+from replicas.step_time import StepTime
 from replicas.targets import ReplicaTarget
 
 STALE_AFTER_S = 3.0
@@ -54,7 +55,10 @@ class EnginePressure:
     Attributes:
         kv_usage: used share of the capacity inside the lease, 0 to 1; demand_ratio: demanded bytes over the limit.
         age_s: age of the report when this view was made.
-        kv_tokens: tokens that fit inside the lease.
+        kv_tokens: tokens that fit inside the lease; kv_used_tokens: of the requests that run.
+        max_num_seqs, max_num_batched_tokens: the engine's own settings, 0 before it has told them.
+        step_time: of its steps, as the engine has learned it; None until then.
+        prompt_tokens: of a prompt, mean of the recent ones, 0 before the first.
     """
 
     level: PressureLevel
@@ -64,9 +68,14 @@ class EnginePressure:
     waiting: int
     age_s: float
     kv_tokens: int = 0
+    kv_used_tokens: int = 0
+    max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0
+    step_time: StepTime | None = None
+    prompt_tokens: float = 0.0
 
 
-_WITHOUT_AGE: Callable[[EnginePressure], tuple[float, ...]] = attrgetter(
+_WITHOUT_AGE: Callable[[EnginePressure], tuple[Any, ...]] = attrgetter(
     *(field.name for field in fields(EnginePressure) if field.name != "age_s")
 )
 
@@ -95,7 +104,7 @@ class ClusterView:
         self._outcomes = dict.fromkeys(ReportOutcome, 0)
         # A wall clock as the first revision: no view of a former life can be mistaken for one of this life.
         self._revision = epoch_ms
-        self._shown: dict[str, tuple[float, ...]] = {}
+        self._shown: dict[str, tuple[Any, ...]] = {}
         self._forget_at_s = -math.inf
 
     def receive(self, report: DeviceReport, now_s: float) -> ReportOutcome:
@@ -128,6 +137,11 @@ class ClusterView:
                 waiting=engine.waiting,
                 age_s=now_s - received.at_s,
                 kv_tokens=engine.reachable_blocks * engine.block_tokens,
+                kv_used_tokens=engine.kv_tokens,
+                max_num_seqs=engine.max_num_seqs,
+                max_num_batched_tokens=engine.max_num_batched_tokens,
+                step_time=step_time_of(engine),
+                prompt_tokens=engine.prompt_tokens,
             )
             for received in self._fresh(now_s)
             for engine in received.report.engines
@@ -227,6 +241,12 @@ class ClusterView:
             "waiting": sum(engine.waiting for engine in report.engines),
             "replicas": replicas,
         }
+
+
+def step_time_of(engine: EngineReport) -> StepTime | None:
+    """What the engine has learned of its steps; None before."""
+    parts = StepTime(engine.step_s, engine.row_s, engine.kv_token_s, engine.token_s, engine.pair_s)
+    return parts if any(parts.parts) else None
 
 
 def _order(report: DeviceReport) -> tuple[int, int]:

@@ -96,6 +96,17 @@ def sample_engine(tenant: Tenant) -> EngineReport:
         block_tokens=row.get(EngineWord.BLOCK_TOKENS),
         kv_usage=min(1.0, used_bytes / reachable_bytes) if reachable_bytes else 0.0,
         target_revision=row.get(ReplicaWord.TARGET_REVISION),
+        max_num_seqs=row.get(EngineWord.MAX_NUM_SEQS),
+        max_num_batched_tokens=row.get(EngineWord.MAX_NUM_BATCHED_TOKENS),
+        kv_tokens=row.get(EngineWord.KV_TOKENS),
+        step_s=row.get_float(EngineWord.STEP_S),
+        row_s=row.get_float(EngineWord.ROW_S),
+        kv_token_s=row.get_float(EngineWord.KV_TOKEN_S),
+        token_s=row.get_float(EngineWord.TOKEN_S),
+        pair_s=row.get_float(EngineWord.PAIR_S),
+        tpot_s=row.get_float(EngineWord.TPOT_S),
+        tpot_target_s=row.get_float(EngineWord.TPOT_TARGET_S),
+        prompt_tokens=row.get_float(EngineWord.PROMPT_TOKENS),
         pressure=tenant.pressure.level,
     )
 

@@ -1,6 +1,5 @@
 """vLLM's schedulers with a lease: each step they ask what fits. Chosen by ``scheduler_cls``."""
 
-import time
 from itertools import islice
 from typing import Any
 
@@ -18,6 +17,7 @@ from replicas.elastic_kv import ElasticKv
 from replicas.elastic_prefill import Claim, ElasticPrefill, Line
 from replicas.kv_geometry import check_guarantee
 from replicas.kv_plan import blocks_ahead
+from replicas.measured_scheduler import MeasuredScheduler
 from replicas.step_demand import StepDemand
 from replicas.vllm_adapter import PreemptionNotice, check_scheduler, preempt, preempt_last, restart, returning_blocks
 from replicas.warm_up import is_warm_up
@@ -26,7 +26,7 @@ _MOST_RESERVE_BLOCKS = 16
 """Bound on the blocks kept mapped beyond what the queues ask for."""
 
 
-class _Elastic(PreemptionNotice):
+class _Elastic(MeasuredScheduler, PreemptionNotice):
     """What both schedulers add. Only the bounds of a step change; which request runs is decided by vLLM."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -69,6 +69,7 @@ class _Elastic(PreemptionNotice):
         self.kv_cache_manager.watermark_blocks = ahead
         output = super().schedule(throttle_prefills)
         self._preemptions += len(output.preempted_req_ids or ())
+        self.pace.publish(kv.row, sum(request.num_computed_tokens for request in self.running))
         return output
 
     def update_from_output(
@@ -93,10 +94,6 @@ class _Elastic(PreemptionNotice):
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         with self._kv.parking.all_in_pool():
             return super().reset_prefix_cache(reset_running_requests, reset_connector)
-
-    def now_s(self) -> float:
-        """The clock of the objectives, monotonic seconds."""
-        return time.monotonic()
 
     @property
     def _kv(self) -> ElasticKv:

@@ -11,6 +11,7 @@ import pytest
 from cluster.cluster_view import FORGET_AFTER_S, STALE_AFTER_S, ClusterView, PressureView, ReportOutcome
 from cluster.controller import Controller
 from memory_agent.reports import DeviceReport, EngineReport, PressureLevel
+from replicas.step_time import StepTime
 from replicas.targets import ReplicaTarget
 
 GIB = 1 << 30
@@ -35,7 +36,10 @@ def engine(engine_id: str = "a", **values: Any) -> EngineReport:
         "inflate_count": 0, "inflate_bytes": 0, "deflate_count": 0, "deflate_bytes": 0,
         "map_failures": 0, "conservation_failures": 0, "overdue_bytes": 0,
         "blocks_mapped": 1, "reachable_blocks": 9, "blocks_ceiling": 10, "block_tokens": 128,
-        "kv_usage": 0.25, "target_revision": 0, "pressure": PressureLevel.NORMAL,
+        "kv_usage": 0.25, "target_revision": 0,
+        "max_num_seqs": 32, "max_num_batched_tokens": 1024, "kv_tokens": 300,
+        "step_s": 0.01, "row_s": 1e-3, "kv_token_s": 1e-7, "token_s": 1e-4, "pair_s": 0.0,
+        "tpot_s": 0.02, "tpot_target_s": 0.0, "prompt_tokens": 100.0, "pressure": PressureLevel.NORMAL,
     }  # fmt: skip
     return EngineReport(engine_id=engine_id, **(known | values))
 
@@ -86,6 +90,9 @@ def test_an_order_from_long_ago_binds_nobody(view: ClusterView) -> None:
         report(2, engine(kv_usage=math.inf)),
         report(2, engine(used_bytes=-5)),
         report(2, engine(waiting=-1)),
+        report(2, engine(tpot_s=math.nan)),
+        report(2, engine(token_s=-1e-9)),
+        report(2, engine(prompt_tokens=math.inf)),
     ],
 )
 def test_impossible_numbers_are_refused(view: ClusterView, broken: DeviceReport) -> None:
@@ -132,6 +139,15 @@ def test_demand_is_shown_against_the_limit(view: ClusterView) -> None:
     engines = view.pressure_view(0.0).engines
     assert (engines["a"].demand_ratio, engines["a"].kv_usage) == (0.5, 0.25)
     assert math.isfinite(engines["b"].demand_ratio) and engines["b"].demand_ratio > 1
+
+
+def test_routers_get_what_the_engines_measured(view: ClusterView) -> None:
+    """Step time, tokens and limits are in the view; an engine that has learned nothing yet has no step time."""
+    view.receive(report(1, engine(), engine("b", step_s=0.0, row_s=0.0, kv_token_s=0.0, token_s=0.0)), 0.0)
+    a, b = view.pressure_view(0.0).engines.values()
+    assert a.step_time == StepTime(0.01, 1e-3, 1e-7, 1e-4, 0.0)
+    assert (a.kv_used_tokens, a.max_num_seqs, a.max_num_batched_tokens, a.prompt_tokens) == (300, 32, 1024, 100.0)
+    assert b.step_time is None
 
 
 def test_every_reported_engine_has_a_target(view: ClusterView) -> None:
