@@ -96,6 +96,8 @@ def sample_engine(tenant: Tenant) -> EngineReport:
         block_tokens=row.get(EngineWord.BLOCK_TOKENS),
         kv_usage=min(1.0, used_bytes / reachable_bytes) if reachable_bytes else 0.0,
         target_revision=row.get(ReplicaWord.TARGET_REVISION),
+        token_budget_max=row.get(ReplicaWord.TOKEN_BUDGET_MAX),
+        active_max=row.get(ReplicaWord.ACTIVE_MAX),
         max_num_seqs=row.get(EngineWord.MAX_NUM_SEQS),
         max_num_batched_tokens=row.get(EngineWord.MAX_NUM_BATCHED_TOKENS),
         kv_tokens=row.get(EngineWord.KV_TOKENS),
@@ -106,6 +108,7 @@ def sample_engine(tenant: Tenant) -> EngineReport:
         pair_s=row.get_float(EngineWord.PAIR_S),
         tpot_s=row.get_float(EngineWord.TPOT_S),
         tpot_target_s=row.get_float(EngineWord.TPOT_TARGET_S),
+        ttft_share=row.get_float(EngineWord.TTFT_SHARE),
         prompt_tokens=row.get_float(EngineWord.PROMPT_TOKENS),
         pressure=tenant.pressure.level,
     )

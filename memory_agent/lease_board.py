@@ -178,10 +178,13 @@ class EngineWord(IntEnum):
     TOKEN_S = 102
     PAIR_S = 103
     TPOT_S = 104
-    """Mean time from a token of a request to its next one, over the last seconds in which there were any; 0 before."""
+    """Time per token after the first that one answer in ten exceeds, of those that run and that ended lately; 0 where
+    there are none."""
     TPOT_TARGET_S = 105
-    """The tightest objective for it that a request here has; 0 where none has one of its own."""
-    PROMPT_TOKENS = 106
+    """The tightest objective for it that a request here has; 0 where none has one."""
+    TTFT_SHARE = 106
+    """Of its objective for the first token, what a request that waits for it has used: the most of all; 0 for none."""
+    PROMPT_TOKENS = 107
     """Of a prompt, mean of the recent ones; 0 before the first."""
 
 

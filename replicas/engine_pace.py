@@ -1,4 +1,4 @@
-"""How fast an engine is, as its scheduler sees it: a model of its steps' time, and the time per output token lately.
+"""How fast an engine is, as its scheduler sees it: a model of its steps' time, and how its requests fare.
 
     scheduled   1     2          3                      4          time -->
     tokens          1          2          3                    4
@@ -10,33 +10,57 @@ is of one monotonic clock.
 """
 
 import math
-from collections import deque
+from collections import Counter, deque
+from dataclasses import dataclass
+from itertools import islice
 
 from memory_agent.lease_board import EngineWord, Row
+from replicas.elastic_prefill import Objectives
 from replicas.step_time import StepTime, StepTimeModel, StepWork
+from replicas.tpot_tail import TpotTail
+
+RequestId = str | int
 
 _SOLVE_EVERY = 8
 _ENOUGH_STEPS = 20
 """Steps from which their model is told."""
-_TPOT_MEMORY_S = 3.0
+_ENOUGH_TOKENS = 8
+"""Tokens from which an answer's pace counts before its end."""
+_LOOKED_AT = 64
+"""Of the requests that wait for their first token, the oldest, which are looked at."""
 _PROMPT_MEMORY = 0.95
 _PARTS = (EngineWord.STEP_S, EngineWord.ROW_S, EngineWord.KV_TOKEN_S, EngineWord.TOKEN_S, EngineWord.PAIR_S)
 
 
+@dataclass(slots=True)
+class _Answer:
+    """Tokens of a request so far, and when the first and the newest of them came."""
+
+    first_s: float
+    newest_s: float
+    tokens: int
+
+    @property
+    def tpot_s(self) -> float:
+        return (self.newest_s - self.first_s) / (self.tokens - 1)
+
+
 class EnginePace:
     """Lives in the scheduler's process; not thread-safe. The order of calls is that of the engine: ``begin`` for every
-    step that is scheduled, ``end`` for each of them in the same order, ``answer`` for what it brought."""
+    step that is scheduled, ``end`` for each of them in the same order, ``answer`` for what it brought, ``rest``."""
 
     def __init__(self) -> None:
         self._model = StepTimeModel(StepTime(0.0), _SOLVE_EVERY)
         self._begun: deque[tuple[float, StepWork]] = deque()
         self._ended_s = -math.inf
         self._busy = False
-        self._newest_s: dict[str, float] = {}
-        """When a request's newest token came."""
-        self._gaps_s = self._gaps = 0.0
-        self._gaps_at_s = 0.0
-        self._tpot_targets_s: dict[str, float] = {}
+        self._objectives: dict[RequestId, Objectives] = {}
+        self._tpot_targets_s: Counter[float] = Counter()
+        """Of these, how many have which."""
+        self._arrived_s: dict[RequestId, float] = {}
+        """Of requests without a token, in order."""
+        self._answers: dict[RequestId, _Answer] = {}
+        self._tail = TpotTail()
         self._prompt_tokens = 0.0
         self._shown: StepTime | None = None
 
@@ -45,28 +69,35 @@ class EnginePace:
         """None until enough steps have been seen."""
         return self._model.step_time if self._model.observed >= _ENOUGH_STEPS else None
 
-    @property
-    def tpot_s(self) -> float:
-        """From a token of a request to its next one, on average over the last seconds in which there were any; 0 before
-        the first. The waits of preempted requests are in it."""
-        return self._gaps_s / self._gaps if self._gaps else 0.0
+    def tpot_s(self, now_s: float) -> float:
+        """The time per token that one answer in ten exceeds, of those that run and that ended lately, with the waits of
+        preempted ones; 0 where there are none."""
+        running = (one.tpot_s for one in self._answers.values() if one.tokens >= _ENOUGH_TOKENS)
+        return self._tail.seconds(now_s, running)
 
     @property
     def tpot_target_s(self) -> float:
-        """The tightest objective for it that a request here has of its own; 0 where none has."""
-        return min(self._tpot_targets_s.values(), default=0.0)
+        """The tightest objective for it of the requests that are here; infinite where none has one."""
+        return min(self._tpot_targets_s, default=math.inf)
+
+    def ttft_share(self, now_s: float) -> float:
+        """Of its objective for the first token, what a request that waits for it has used: the most of the oldest ones;
+        0 where nobody waits."""
+        waiting = islice(self._arrived_s.items(), _LOOKED_AT)
+        return max(((now_s - at_s) / self._objectives[one].ttft_s for one, at_s in waiting), default=0.0)
 
     @property
     def prompt_tokens(self) -> float:
         """Of a prompt, mean of the recent ones; 0 before the first."""
         return self._prompt_tokens
 
-    def arrive(self, request_id: str, prompt_tokens: int, tpot_target_s: float | None) -> None:
-        """A request has come; None where it has no objective of its own."""
+    def arrive(self, request_id: RequestId, prompt_tokens: int, objectives: Objectives, now_s: float) -> None:
+        """A request has come. An objective that it has not is infinite."""
         known = self._prompt_tokens or prompt_tokens
         self._prompt_tokens = _PROMPT_MEMORY * known + (1 - _PROMPT_MEMORY) * prompt_tokens
-        if tpot_target_s is not None:
-            self._tpot_targets_s[request_id] = tpot_target_s
+        self._objectives[request_id] = objectives
+        self._tpot_targets_s[objectives.tpot_s] += 1
+        self._arrived_s[request_id] = now_s
 
     def begin(self, now_s: float, work: StepWork) -> None:
         """A step of ``work``, which may be none, begins to be scheduled."""
@@ -81,34 +112,39 @@ class EnginePace:
         if work.rows or work.tokens:
             self._model.observe(work, now_s - began_s)
 
-    def answer(self, request_id: str, tokens: int, now_s: float) -> None:
-        """So many new tokens of a request have come, its first ones or later ones."""
-        before_s = self._newest_s.get(request_id)
-        self._newest_s[request_id] = now_s
-        if before_s is None:
+    def answer(self, request_id: RequestId, tokens: int, now_s: float) -> None:
+        """So many new tokens of a request have come."""
+        known = self._answers.get(request_id)
+        if known is None:
+            self._arrived_s.pop(request_id, None)
+            self._answers[request_id] = _Answer(now_s, now_s, tokens)
             return
-        if now_s > self._gaps_at_s:
-            kept = math.exp((self._gaps_at_s - now_s) / _TPOT_MEMORY_S)
-            self._gaps_s *= kept
-            self._gaps *= kept
-            self._gaps_at_s = now_s
-        self._gaps_s += now_s - before_s
-        self._gaps += tokens
+        known.newest_s = now_s
+        known.tokens += tokens
 
     def rest(self, busy: bool) -> None:
         """The step's output has been dealt with; ``busy``: another one follows at once."""
         self._busy = busy
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, request_id: RequestId) -> None:
         """The request has ended."""
-        self._newest_s.pop(request_id, None)
-        self._tpot_targets_s.pop(request_id, None)
+        objectives = self._objectives.pop(request_id, None)
+        if objectives is not None:
+            self._tpot_targets_s[objectives.tpot_s] -= 1
+            if not self._tpot_targets_s[objectives.tpot_s]:
+                del self._tpot_targets_s[objectives.tpot_s]
+        self._arrived_s.pop(request_id, None)
+        answer = self._answers.pop(request_id, None)
+        if answer is not None and answer.tokens > 1:
+            self._tail.ended(answer.tpot_s, answer.newest_s)
 
-    def publish(self, row: Row, kv_tokens: int) -> None:
+    def publish(self, row: Row, kv_tokens: int, now_s: float) -> None:
         """Write it on the board. ``kv_tokens``: of the running requests now."""
         row.set(EngineWord.KV_TOKENS, kv_tokens)
-        row.set_float(EngineWord.TPOT_S, self.tpot_s)
-        row.set_float(EngineWord.TPOT_TARGET_S, self.tpot_target_s)
+        row.set_float(EngineWord.TPOT_S, self.tpot_s(now_s))
+        target_s = self.tpot_target_s
+        row.set_float(EngineWord.TPOT_TARGET_S, target_s if target_s < math.inf else 0.0)
+        row.set_float(EngineWord.TTFT_SHARE, self.ttft_share(now_s))
         row.set_float(EngineWord.PROMPT_TOKENS, self._prompt_tokens)
         step_time = self.step_time
         if step_time is not None and step_time is not self._shown:

@@ -11,18 +11,23 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from replicas.elastic_prefill import Objectives
 from replicas.engine_pace import EnginePace
-from replicas.hop import TPOT_TARGET_ARG
+from replicas.hop import TPOT_TARGET_ARG, TTFT_TARGET_ARG
 from replicas.step_time import StepWork, prompt_pairs
 from replicas.warm_up import is_warm_up
 
 
 class MeasuredScheduler(Scheduler):
-    """Attributes: pace: of this engine, as measured so far."""
+    """Attributes:
+    pace: of this engine, as measured so far.
+    objectives: of requests that bring none of their own.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.pace = EnginePace()
+        self.objectives = Objectives(math.inf, math.inf)
 
     def now_s(self) -> float:
         """The clock of the objectives, monotonic seconds."""
@@ -31,7 +36,8 @@ class MeasuredScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         super().add_request(request)
         if not is_warm_up(request.request_id):
-            self.pace.arrive(request.request_id, request.num_prompt_tokens, tpot_target_s(request))
+            objectives = own_objectives(request, self.objectives)
+            self.pace.arrive(request.request_id, request.num_prompt_tokens, objectives, self.now_s())
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         began_s = self.now_s()
@@ -76,10 +82,17 @@ def step_work(output: SchedulerOutput, requests: Mapping[str, Request]) -> StepW
     return StepWork(rows, kv_tokens, tokens, pairs)
 
 
-def tpot_target_s(request: Request) -> float | None:
-    """The request's own objective for the time per output token; None where it has none, or one that is no time."""
+def own_objectives(request: Request, default: Objectives) -> Objectives:
+    """The request's objectives; the default ones in place of those that it has not, or that are no time."""
     params = request.sampling_params
-    target_ms = (params.extra_args or {}).get(TPOT_TARGET_ARG) if params is not None else None
+    args = (params.extra_args if params is not None else None) or {}
+    return Objectives(
+        _seconds(args.get(TTFT_TARGET_ARG), default.ttft_s), _seconds(args.get(TPOT_TARGET_ARG), default.tpot_s)
+    )
+
+
+def _seconds(target_ms: Any, default_s: float) -> float:
+    """Of what may have come from a client."""
     if not isinstance(target_ms, int | float) or not 0 < target_ms < math.inf:
-        return None
+        return default_s
     return target_ms / 1000

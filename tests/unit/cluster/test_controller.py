@@ -3,13 +3,14 @@
 import asyncio
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from cluster.cluster_view import FORGET_AFTER_S, STALE_AFTER_S, ClusterView, PressureView, ReportOutcome
 from cluster.controller import Controller
+from cluster.target_planner import TargetSettings
 from memory_agent.reports import DeviceReport, EngineReport, PressureLevel
 from replicas.step_time import StepTime
 from replicas.targets import ReplicaTarget
@@ -17,10 +18,7 @@ from replicas.targets import ReplicaTarget
 GIB = 1 << 30
 
 
-@dataclass(frozen=True)
-class Bounds:
-    token_budget_max: int = 512
-    active_max: int = 16
+BOUNDS = TargetSettings(token_budget_max=512, active_max=16, batch_sizing=False)
 
 
 def engine(engine_id: str = "a", **values: Any) -> EngineReport:
@@ -36,10 +34,11 @@ def engine(engine_id: str = "a", **values: Any) -> EngineReport:
         "inflate_count": 0, "inflate_bytes": 0, "deflate_count": 0, "deflate_bytes": 0,
         "map_failures": 0, "conservation_failures": 0, "overdue_bytes": 0,
         "blocks_mapped": 1, "reachable_blocks": 9, "blocks_ceiling": 10, "block_tokens": 128,
-        "kv_usage": 0.25, "target_revision": 0,
+        "kv_usage": 0.25, "target_revision": 0, "token_budget_max": 0, "active_max": 0,
         "max_num_seqs": 32, "max_num_batched_tokens": 1024, "kv_tokens": 300,
         "step_s": 0.01, "row_s": 1e-3, "kv_token_s": 1e-7, "token_s": 1e-4, "pair_s": 0.0,
-        "tpot_s": 0.02, "tpot_target_s": 0.0, "prompt_tokens": 100.0, "pressure": PressureLevel.NORMAL,
+        "tpot_s": 0.02, "tpot_target_s": 0.0, "ttft_share": 0.0, "prompt_tokens": 100.0,
+        "pressure": PressureLevel.NORMAL,
     }  # fmt: skip
     return EngineReport(engine_id=engine_id, **(known | values))
 
@@ -54,7 +53,7 @@ def report(sequence: int, *engines: EngineReport, epoch: int = 100, **values: An
 
 @pytest.fixture
 def view() -> ClusterView:
-    return ClusterView(Bounds(), epoch_ms=1_000_000)
+    return ClusterView(BOUNDS, epoch_ms=1_000_000)
 
 
 def outcomes(view: ClusterView, now_s: float = 0.0) -> dict[str, int]:
@@ -112,10 +111,10 @@ def test_old_report_reads_as_absent(view: ClusterView) -> None:
     snapshot = view.snapshot(at_s)
     assert [node["node"] for node in snapshot["nodes"]] == ["n2"]
     assert [(one["node"], one["report_age_s"]) for one in snapshot["absent_devices"]] == [("n1", 3.01)]
-    assert view.target_for("a") is not None, "its engine may live on"
+    assert view.targets.target_for("a") is not None, "its engine may live on"
     view.receive(report(2, engine("b"), node="n2"), 10.1 + FORGET_AFTER_S)
     assert view.snapshot(10.1 + FORGET_AFTER_S)["absent_devices"] == []
-    assert view.target_for("a") is None
+    assert view.targets.target_for("a") is None
 
 
 def test_view_revision_grows_with_changes_only(view: ClusterView) -> None:
@@ -152,21 +151,24 @@ def test_routers_get_what_the_engines_measured(view: ClusterView) -> None:
 
 def test_every_reported_engine_has_a_target(view: ClusterView) -> None:
     """The target carries the settings' bounds; an engine that was never reported, or left, has none."""
-    assert view.target_for("a") is None
+    assert view.targets.target_for("a") is None
     view.receive(report(1, engine("a"), engine("b")), 0.0)
-    assert view.target_for("a") == ReplicaTarget(1, token_budget_max=512, active_max=16)
-    view.receive(report(2, engine("a", target_revision=1)), 0.1)
-    assert view.target_for("a") == ReplicaTarget(1, token_budget_max=512, active_max=16), "nothing changed"
-    assert view.target_for("b") is None
+    target = view.targets.target_for("a")
+    assert target == ReplicaTarget(1_000_000 * 4096 + 1, token_budget_max=512, active_max=16)
+    view.receive(report(2, engine("a", target_revision=target.revision)), 0.1)
+    assert view.targets.target_for("a") == target, "nothing changed"
+    assert view.targets.target_for("b") is None
 
 
 def test_target_revision_grows_across_restarts() -> None:
     """A controller that starts anew publishes beyond the revision that the replica reports, so that it is taken."""
-    view = ClusterView(Bounds(token_budget_max=99), epoch_ms=1)
-    view.receive(report(1, engine(target_revision=41)), 0.0)
-    assert view.target_for("a") == ReplicaTarget(42, token_budget_max=99, active_max=16)
-    view.receive(report(2, engine(target_revision=42)), 0.1)
-    assert view.target_for("a") == ReplicaTarget(42, token_budget_max=99, active_max=16)
+    view = ClusterView(replace(BOUNDS, token_budget_max=99), epoch_ms=2000)
+    before = 1000 * 4096 + 41
+    view.receive(report(1, engine(target_revision=before)), 0.0)
+    target = view.targets.target_for("a")
+    assert target == ReplicaTarget(2000 * 4096 + 1, token_budget_max=99, active_max=16)
+    view.receive(report(2, engine(target_revision=target.revision)), 0.1)
+    assert view.targets.target_for("a") == target
 
 
 def test_snapshot_accounts_for_every_byte_and_is_json(view: ClusterView) -> None:
@@ -189,7 +191,8 @@ def test_snapshot_accounts_for_every_byte_and_is_json(view: ClusterView) -> None
     assert sum(memory[owner] for owner in owners) == device["budget_bytes"]
     assert (device["running"], device["waiting"], device["report_age_s"]) == (4, 6, 1.5)
     assert (device["pressure"], device["replicas"][1]["engine_id"]) == ("NORMAL", "b")
-    assert device["replicas"][0]["target"] == {"revision": 1, "token_budget_max": 512, "active_max": 16}
+    target = {"revision": 1_000_000 * 4096 + 1, "token_budget_max": 512, "active_max": 16}
+    assert device["replicas"][0]["target"] == target
 
 
 def test_a_start_takes_its_part_of_the_budget(view: ClusterView) -> None:
@@ -211,7 +214,7 @@ def test_snapshot_never_shows_negative_bytes(view: ClusterView) -> None:
 
 async def started() -> Controller:
     controller = Controller.__new__(Controller)
-    await Controller.__init__(controller, Bounds())  # what Ray does with an actor's coroutine constructor
+    await Controller.__init__(controller, BOUNDS)  # what Ray does with an actor's coroutine constructor
     return controller
 
 

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 from vllm.sampling_params import SamplingParams
 
-from memory_agent.lease_board import EngineWord, LeaseBoard
+from memory_agent.lease_board import EngineWord, LeaseBoard, ReplicaWord
+from replicas.elastic_prefill import Objectives
 from replicas.engine_pace import EnginePace
-from replicas.hop import TPOT_TARGET_ARG
-from replicas.measured_scheduler import tpot_target_s
+from replicas.hop import TPOT_TARGET_ARG, TTFT_TARGET_ARG
+from replicas.measured_scheduler import own_objectives
 from replicas.step_time import StepTime, StepWork
 from tests.unit.replicas.modelless_engine import STEP_S, ModellessEngine, modelless_engine, modelless_spec
 
 TRUE = StepTime(step_s=0.01, row_s=5e-4, kv_token_s=1e-6, token_s=1e-4)
+NONE = Objectives(math.inf, math.inf)
 WORKS = [StepWork(rows, rows * 100, tokens) for rows in (1, 4, 16) for tokens in (0, 64, 256)]
 
 
@@ -78,54 +80,74 @@ def test_few_steps_are_not_told() -> None:
     assert pace.step_time is None
 
 
-def test_tpot_is_the_gap_between_tokens_lately() -> None:
-    """First tokens count for nothing, several at once for as many; old gaps are forgotten, an ended request too."""
+def test_tpot_is_that_of_the_slow_answers() -> None:
+    """One answer in ten exceeds it: of those that ended within five seconds, and of those that have eight tokens."""
     pace = EnginePace()
-    assert pace.tpot_s == 0.0
-    pace.answer("a", 1, 10.0)
-    pace.answer("b", 1, 10.0)
-    assert pace.tpot_s == 0.0
-    pace.answer("a", 1, 10.1)
-    pace.answer("b", 2, 10.3)
-    assert pace.tpot_s == pytest.approx((0.1 + 0.3) / 3, rel=0.05)
+    assert pace.tpot_s(0.0) == 0.0
+    for number in range(10):
+        pace.answer(number, 1, 10.0)
+        pace.answer(number, 2, 10.0 + 0.1 * (number + 1))
+    assert pace.tpot_s(12.0) == 0.0, "three tokens say little before the end"
+    for number in range(10):
+        pace.forget(number)
+    assert pace.tpot_s(12.0) == pytest.approx(0.45)
+    pace.answer("long", 1, 12.0)
+    pace.answer("long", 7, 19.0)
+    assert pace.tpot_s(13.0) == pytest.approx(0.5)
+    assert pace.tpot_s(16.1) == pytest.approx(1.0), "the others are old"
+
+
+def test_objectives_come_and_go_with_their_requests() -> None:
+    """The tightest TPOT of those that are here counts, twice the same one until both have gone."""
+    pace = EnginePace()
+    assert pace.tpot_target_s == math.inf
+    for name, tpot_s in (("a", 0.2), ("b", 0.05), ("c", 0.05), ("d", math.inf)):
+        pace.arrive(name, 10, Objectives(1.0, tpot_s), 0.0)
     pace.forget("b")
-    pace.answer("b", 1, 99.0)
-    now_s = 10.1
-    for _ in range(200):
-        now_s += 0.05
-        pace.answer("a", 1, now_s)
-    assert pace.tpot_s == pytest.approx(0.05, rel=0.05)
-
-
-def test_the_tightest_objective_of_those_here_counts() -> None:
-    """It comes and goes with its request; 0 where none has one."""
-    pace = EnginePace()
-    pace.arrive("a", 10, 0.2)
-    pace.arrive("b", 10, 0.05)
-    pace.arrive("c", 10, None)
     assert pace.tpot_target_s == 0.05
-    pace.forget("b")
+    pace.forget("c")
     assert pace.tpot_target_s == 0.2
     pace.forget("a")
-    assert pace.tpot_target_s == 0.0
+    assert pace.tpot_target_s == math.inf
+
+
+def test_who_waits_longest_for_its_objective_counts() -> None:
+    """Of the requests without a token, the one that has used most of its TTFT objective; who has a token waits no
+    more."""
+    pace = EnginePace()
+    pace.arrive("patient", 10, Objectives(100.0, 1.0), 0.0)
+    pace.arrive("hasty", 10, Objectives(2.0, 1.0), 9.0)
+    pace.arrive("any", 10, Objectives(math.inf, 1.0), 0.0)
+    assert pace.ttft_share(10.0) == 0.5
+    pace.answer("hasty", 1, 10.0)
+    assert pace.ttft_share(10.0) == 0.1
+    pace.forget("patient")
+    assert pace.ttft_share(10.0) == 0.0
 
 
 def test_mean_prompt_follows_the_recent_ones() -> None:
     """The first prompt is the mean at once, later ones move it."""
     pace = EnginePace()
-    pace.arrive("a", 1000, None)
+    pace.arrive("a", 1000, NONE, 0.0)
     assert pace.prompt_tokens == 1000
     for number in range(200):
-        pace.arrive(str(number), 100, None)
+        pace.arrive(number, 100, NONE, 0.0)
     assert pace.prompt_tokens == pytest.approx(100, rel=0.01)
+
+
+def request_with(args: dict[str, Any] | None) -> Any:
+    return SimpleNamespace(sampling_params=SamplingParams(extra_args=args))
 
 
 @pytest.mark.parametrize("value", ["50", -1, 0, math.inf, math.nan, None, [50]])
 def test_an_objective_that_is_no_time_is_none(value: Any) -> None:
     """Extra arguments come from clients too: what is no number of milliseconds is passed over."""
-    request: Any = SimpleNamespace(sampling_params=SamplingParams(extra_args={TPOT_TARGET_ARG: value}))
-    assert tpot_target_s(request) is None
-    assert tpot_target_s(SimpleNamespace(sampling_params=None)) is None  # type: ignore[arg-type]  # a pooling request
+    default = Objectives(1.0, 2.0)
+    assert own_objectives(request_with({TPOT_TARGET_ARG: value}), default) == default
+    assert own_objectives(request_with({TTFT_TARGET_ARG: value, TPOT_TARGET_ARG: 50}), default) == Objectives(1.0, 0.05)
+    assert own_objectives(request_with(None), default) == default
+    pooling: Any = SimpleNamespace(sampling_params=None)
+    assert own_objectives(pooling, default) == default
 
 
 def timed(engine: ModellessEngine) -> ModellessEngine:
@@ -161,7 +183,7 @@ def test_an_engine_puts_its_pace_on_the_board(tmp_path: Path, asynchronous: bool
         step_time = StepTime(*floats(engine, *(EngineWord.STEP_S + at for at in range(5))))  # type: ignore[arg-type]
         assert step_time.seconds(StepWork(2, 2 * 80)) == pytest.approx(STEP_S, rel=0.05)
         assert engine.word(EngineWord.KV_TOKENS) == 0
-        assert not engine.scheduler.pace._newest_s
+        assert not engine.scheduler.pace._answers and not engine.scheduler.pace._objectives
 
 
 def test_a_request_that_was_given_up_is_forgotten(tmp_path: Path) -> None:
@@ -172,7 +194,7 @@ def test_a_request_that_was_given_up_is_forgotten(tmp_path: Path) -> None:
             engine.step()
         engine.gone = {"a"}
         engine.settle(0.1)
-        assert not engine.scheduler.pace._newest_s
+        assert not engine.scheduler.pace._answers and not engine.scheduler.pace._objectives
 
 
 def test_words_keep_floats_exactly(tmp_path: Path) -> None:
@@ -182,3 +204,45 @@ def test_words_keep_floats_exactly(tmp_path: Path) -> None:
     for value in (0.0, 1e-12, 0.1, 1e300, math.inf):
         row.set_float(EngineWord.TPOT_S, value)
         assert other.get_float(EngineWord.TPOT_S) == value
+
+
+def test_an_engine_tells_what_its_requests_are_promised(tmp_path: Path) -> None:
+    """The objectives of the settings, and tighter ones that a request brings."""
+    spec = replace(modelless_spec(tmp_path), ttft_slo_ms=1000.0, tpot_slo_ms=100.0)
+    with modelless_engine(tmp_path, spec) as engine:
+        timed(engine)
+        engine.ask("a", prompt=64, tokens=60)
+        engine.step()
+        assert floats(engine, EngineWord.TPOT_TARGET_S) == [0.1]
+        engine.ask("b", prompt=64, tokens=30, objectives={TPOT_TARGET_ARG: 50, TTFT_TARGET_ARG: 20})
+        engine.step()
+        engine.step()
+        assert floats(engine, EngineWord.TPOT_TARGET_S) == [0.05]
+        engine.run()
+        engine.settle(0.1)
+        assert floats(engine, EngineWord.TPOT_TARGET_S, EngineWord.TTFT_SHARE) == [0.0, 0.0]
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one_where_steps_are_short(tmp_path: Path) -> None:
+    """With a target that makes steps short a prompt gets its fair share of them; without one the first takes all."""
+    first_tokens: dict[int, dict[str, int]] = {}
+    for budget in (0, 16):
+        folder = tmp_path / str(budget)
+        folder.mkdir()
+        spec = replace(modelless_spec(folder), max_num_batched_tokens=32)
+        with modelless_engine(folder, spec) as engine:
+            engine.row.set(ReplicaWord.TOKEN_BUDGET_MAX, budget)
+            engine.row.set(ReplicaWord.TARGET_REVISION, 1)
+            engine.ask("long", prompt=300, tokens=2)
+            engine.ask("short", prompt=8, tokens=2)
+            engine.step()
+            steps = first_tokens[budget] = {}
+            for step in range(60):
+                engine.step()
+                for name in ("long", "short"):
+                    if engine.tokens[name]:
+                        steps.setdefault(name, step)
+            engine.run()
+            engine.check_tokens()
+    assert first_tokens[0]["short"] >= first_tokens[0]["long"]
+    assert first_tokens[16]["short"] < first_tokens[16]["long"] / 4
