@@ -7,7 +7,7 @@ feedback       the goal is the target times a factor, lowered while measured TPO
              measured / target     0 ... 0.85      0.85 ... 1      1 ...
              factor                5 % towards 1   stays           falls by up to a third, then waits for the effect
 
-             Where a prompt has waited for half of its TTFT target the factor grows by a quarter instead, whatever TPOT
+             Where a prompt has waited for most of its TTFT target the factor grows by a quarter instead, whatever TPOT
              is: longer steps compute more in all, and a queue that grows is late for everybody. A calm TPOT is no
              reason to go above 1: it may have been measured while no prompt came.
 
@@ -24,7 +24,7 @@ from replicas.step_time import StepTime
 
 _CALM, _RAISE = 0.85, 1.05
 _FALL_MOST = 2 / 3
-_HURRY, _HURRY_RAISE = 0.5, 1.25
+_HURRY, _HURRY_RAISE = 0.75, 1.25
 _FACTOR_LEAST, _FACTOR_MOST = 0.25, 50.0
 _EFFECT_S = 5.0
 """Until what was changed shows in the measured TPOT, which is that of answers that ended in about this time."""
@@ -57,7 +57,7 @@ class BatchObservation:
         running: requests; kv_tokens: before the next token of all of them.
         tpot_s: measured since the last look; NaN where there was none.
         tpot_target_s: the tightest of those that run, or may come.
-        prompt_tokens: of a prompt, on average.
+        prompt_tokens: of a prompt, on average; prompt_of_token: of the prompt that a prompt's token is in, likewise.
         ttft_share: of its TTFT target, what the prompt that is nearest to it has waited.
         room_elsewhere: another replica of the model keeps its TPOT and could take requests.
     """
@@ -67,6 +67,7 @@ class BatchObservation:
     tpot_s: float
     tpot_target_s: float
     prompt_tokens: float = 512.0
+    prompt_of_token: float = 512.0
     ttft_share: float = 0.0
     room_elsewhere: bool = False
 
@@ -182,5 +183,5 @@ def requests_within(goal_s: float, seen: BatchObservation, step_time: StepTime, 
 
 
 def _token_s(seen: BatchObservation, step_time: StepTime) -> float:
-    """Of a prompt's token, on average."""
-    return step_time.token_s + step_time.pair_s * seen.prompt_tokens / 2
+    """Of a prompt's token near its end, where it has most to attend to."""
+    return step_time.token_s + step_time.pair_s * seen.prompt_of_token

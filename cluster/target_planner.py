@@ -26,6 +26,8 @@ _OBJECTIVE_S = 30.0
 """A request's objective counts for all replicas of its model so long: the next one may come to any of them."""
 _ROOM_S = 3.0
 """A replica is taken to have room so long after the report that said so."""
+_PROMPT_TOKENS = 512.0
+"""Of a prompt, before the first has come."""
 _REVISIONS_A_MS = 4096
 """More than a controller can give out; the clock's product with it stays below 2**53, which JSON carries exactly."""
 
@@ -177,7 +179,8 @@ class TargetPlanner:
             kv_tokens=engine.kv_tokens,
             tpot_s=engine.tpot_s if new else math.nan,
             tpot_target_s=model.objective_s(engine, self.settings.tpot_s, now_s),
-            prompt_tokens=engine.prompt_tokens or 512.0,
+            prompt_tokens=engine.prompt_tokens or _PROMPT_TOKENS,
+            prompt_of_token=engine.prompt_of_token or _PROMPT_TOKENS,
             ttft_share=engine.ttft_share,
             room_elsewhere=model.room_elsewhere(engine.engine_id, now_s),
         )

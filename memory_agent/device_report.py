@@ -110,6 +110,7 @@ def sample_engine(tenant: Tenant) -> EngineReport:
         tpot_target_s=row.get_float(EngineWord.TPOT_TARGET_S),
         ttft_share=row.get_float(EngineWord.TTFT_SHARE),
         prompt_tokens=row.get_float(EngineWord.PROMPT_TOKENS),
+        prompt_of_token=row.get_float(EngineWord.PROMPT_OF_TOKEN),
         pressure=tenant.pressure.level,
     )
 

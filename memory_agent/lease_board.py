@@ -186,6 +186,8 @@ class EngineWord(IntEnum):
     """Of its objective for the first token, what a request that waits for it has used: the most of all; 0 for none."""
     PROMPT_TOKENS = 107
     """Of a prompt, mean of the recent ones; 0 before the first."""
+    PROMPT_OF_TOKEN = 108
+    """Tokens of the prompt that a prompt's token is in, mean over their tokens: long ones weigh more."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ class EngineReport:
         tpot_s: time per token after the first that one answer in ten exceeds, lately; tpot_target_s: the tightest
             objective for it that a request of the engine has. 0 where there is none.
         ttft_share: of its objective for the first token, what a request that waits for it has used, the most of all.
-        prompt_tokens: of a prompt, mean of the recent ones.
+        prompt_tokens: of a prompt, mean of the recent ones; prompt_of_token: of the prompt that a prompt's token is in,
+            mean over their tokens.
     """
 
     engine_id: str
@@ -112,6 +113,7 @@ class EngineReport:
     tpot_target_s: float
     ttft_share: float
     prompt_tokens: float
+    prompt_of_token: float
     pressure: PressureLevel
 
     @property

@@ -61,7 +61,7 @@ class EnginePace:
         """Of requests without a token, in order."""
         self._answers: dict[RequestId, _Answer] = {}
         self._tail = TpotTail()
-        self._prompt_tokens = 0.0
+        self._prompt_tokens = self._prompt_squares = 0.0
         self._shown: StepTime | None = None
 
     @property
@@ -91,10 +91,17 @@ class EnginePace:
         """Of a prompt, mean of the recent ones; 0 before the first."""
         return self._prompt_tokens
 
+    @property
+    def prompt_of_token(self) -> float:
+        """Tokens of the prompt that a prompt's token is in, mean over the tokens of the recent prompts."""
+        return self._prompt_squares / self._prompt_tokens if self._prompt_tokens else 0.0
+
     def arrive(self, request_id: RequestId, prompt_tokens: int, objectives: Objectives, now_s: float) -> None:
         """A request has come. An objective that it has not is infinite."""
         known = self._prompt_tokens or prompt_tokens
+        squares = self._prompt_squares or prompt_tokens**2
         self._prompt_tokens = _PROMPT_MEMORY * known + (1 - _PROMPT_MEMORY) * prompt_tokens
+        self._prompt_squares = _PROMPT_MEMORY * squares + (1 - _PROMPT_MEMORY) * prompt_tokens**2
         self._objectives[request_id] = objectives
         self._tpot_targets_s[objectives.tpot_s] += 1
         self._arrived_s[request_id] = now_s
@@ -146,6 +153,7 @@ class EnginePace:
         row.set_float(EngineWord.TPOT_TARGET_S, target_s if target_s < math.inf else 0.0)
         row.set_float(EngineWord.TTFT_SHARE, self.ttft_share(now_s))
         row.set_float(EngineWord.PROMPT_TOKENS, self._prompt_tokens)
+        row.set_float(EngineWord.PROMPT_OF_TOKEN, self.prompt_of_token)
         step_time = self.step_time
         if step_time is not None and step_time is not self._shown:
             self._shown = step_time

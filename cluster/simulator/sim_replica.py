@@ -142,6 +142,7 @@ class SimReplica:
             tpot_target_s=tpot_target_s if tpot_target_s < math.inf else 0.0,
             ttft_share=self.pace.ttft_share(now_s),
             prompt_tokens=self.pace.prompt_tokens,
+            prompt_of_token=self.pace.prompt_of_token,
             pressure=self._pressure.level,
         )
 

@@ -128,10 +128,10 @@ def test_a_target_that_cannot_be_kept_holds_nobody_up() -> None:
 
 
 def test_a_prompt_in_a_hurry_makes_steps_longer() -> None:
-    """While a prompt has waited for half of its TTFT target steps grow, though TPOT is late; afterwards they come back
+    """While a prompt has waited for most of its TTFT target steps grow, though TPOT is late; afterwards they come back
     to the target."""
     late = seen(tpot_s=0.08)
-    hurried = replace(late, ttft_share=0.6)
+    hurried = replace(late, ttft_share=0.8)
     sizing = BatchSizing()
     for now_s in range(10):
         sizing = sizing.next(hurried, STEP, BOUNDS, now_s)

@@ -135,6 +135,16 @@ def test_mean_prompt_follows_the_recent_ones() -> None:
     assert pace.prompt_tokens == pytest.approx(100, rel=0.01)
 
 
+def test_long_prompts_have_most_tokens() -> None:
+    """One prompt in ten of a thousand tokens, the others of ten: a token is most likely in a long one."""
+    pace = EnginePace()
+    assert pace.prompt_of_token == 0.0
+    for number in range(1000):
+        pace.arrive(number, 10 if number % 10 else 1000, NONE, 0.0)
+    assert 80 < pace.prompt_tokens < 150
+    assert 850 < pace.prompt_of_token < 1000
+
+
 def request_with(args: dict[str, Any] | None) -> Any:
     return SimpleNamespace(sampling_params=SamplingParams(extra_args=args))
 
