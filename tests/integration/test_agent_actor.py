@@ -273,8 +273,7 @@ def test_reports_reach_the_controller(device: Device, controller: Any) -> None:
     eventually(lambda: [one["memory"]["kv_used_bytes"] for one in devices_of(controller, device)] == [300 * UNIT])
     (shown,) = devices_of(controller, device)
     assert (shown["memory"]["free_bytes"], shown["memory"]["weights_bytes"]) == (BUDGET - 300 * UNIT, 7)
-    target = ray.get(controller.target_for.remote("a"), timeout=TIMEOUT_S)
-    assert (target.token_budget_max, target.active_max) == (SETTINGS.token_budget_max, SETTINGS.active_max)
+    assert ray.get(controller.target_for.remote("a"), timeout=TIMEOUT_S).revision > 0
     assert ray.get(controller.target_for.remote("nobody"), timeout=TIMEOUT_S) is None
 
 
@@ -327,8 +326,12 @@ def test_a_controller_without_the_name_ends(device: Device) -> None:
     first = ray.get(old.target_for.remote("a"), timeout=TIMEOUT_S)
     named = ensure_controller(SETTINGS)
     ray.kill(named, no_restart=False)  # so that it began later
-    later = eventually(lambda: ray.get(named.target_for.remote("a"), timeout=TIMEOUT_S)).revision
-    assert later > first.revision
+
+    def later_target() -> int:
+        target = ray.get(named.target_for.remote("a"), timeout=TIMEOUT_S)
+        return target.revision if target is not None and target.revision > first.revision else 0
+
+    later = eventually(later_target)
     engine = replace(report.engines[0], target_revision=later)
     with pytest.raises(RayActorError):
         ray.get(old.report_device.remote(replace(report, sequence=10**6, engines=(engine,))), timeout=TIMEOUT_S)
