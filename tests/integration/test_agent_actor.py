@@ -328,7 +328,7 @@ def test_a_controller_without_the_name_ends(device: Device) -> None:
     ray.kill(named, no_restart=False)  # so that it began later
 
     def later_target() -> int:
-        target = ray.get(named.target_for.remote("a"), timeout=TIMEOUT_S)
+        target: Any = ray.get(named.target_for.remote("a"), timeout=TIMEOUT_S)
         return target.revision if target is not None and target.revision > first.revision else 0
 
     later = eventually(later_target)
@@ -348,7 +348,7 @@ def test_a_clock_that_was_set_back_stops_nobody(device: Device, controller: Any)
     eventually(lambda: device.engine("a").target_revision == future)
 
     def above() -> bool:
-        target = ray.get(controller.target_for.remote("a"), timeout=TIMEOUT_S)
+        target: Any = ray.get(controller.target_for.remote("a"), timeout=TIMEOUT_S)
         return target is not None and target.revision > future
 
     eventually(above)
