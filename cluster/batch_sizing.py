@@ -20,6 +20,7 @@ no reason to hold others up: then the engine's own settings are the bounds.
 import math
 from dataclasses import dataclass, replace
 
+from replicas.prompt_share import LEAST_PROMPT_TOKENS
 from replicas.step_time import StepTime
 
 _CALM, _RAISE = 0.85, 1.05
@@ -41,12 +42,11 @@ _KEPT_SHARE = 1 / 4
 
 @dataclass(frozen=True)
 class BatchBounds:
-    """What the engine can do: most requests at once, and most tokens a step."""
+    """What the engine can do: most requests at once, and most tokens a step; fewest of prompts, beside its decodes."""
 
     active_most: int
     tokens_most: int
-    tokens_least: int = 16
-    """A prompt always gets on."""
+    tokens_least: int = LEAST_PROMPT_TOKENS
 
 
 @dataclass(frozen=True)

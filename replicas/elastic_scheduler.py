@@ -19,7 +19,7 @@ from replicas.elastic_prefill import Claim, ElasticPrefill, Line, Objectives
 from replicas.kv_geometry import check_guarantee
 from replicas.kv_plan import blocks_ahead
 from replicas.measured_scheduler import MeasuredScheduler
-from replicas.prompt_share import fair_share
+from replicas.prompt_share import LEAST_PROMPT_TOKENS, fair_share
 from replicas.step_demand import StepDemand
 from replicas.vllm_adapter import PreemptionNotice, check_scheduler, preempt, preempt_last, restart, returning_blocks
 from replicas.warm_up import is_warm_up
@@ -68,7 +68,7 @@ class _Elastic(MeasuredScheduler, PreemptionNotice):
         kv.begin_step(demand, self._preempt)
         if self._elastic_connector.host is not None:
             self._elastic_connector.host.tier.watch(demand.blocks_wanted)
-        self.max_num_scheduled_tokens = kv.token_budget
+        self.max_num_scheduled_tokens = min(kv.token_budget, self._step_bound)
         self.scheduler_config.long_prefill_token_threshold = self._most_of_a_prompt(demand)
         # A request that is admitted now must not take the blocks that running ones need in the next steps: one that
         # finds none holds up all that are scheduled after it.
@@ -107,8 +107,13 @@ class _Elastic(MeasuredScheduler, PreemptionNotice):
 
     @property
     def _least_tokens(self) -> int:
-        """A budget below the running decodes would starve the same requests for ever."""
+        """What the lease always has activations for: a token of each request that can run."""
         return min(self.max_num_running_reqs, self._own_token_budget)
+
+    @property
+    def _step_bound(self) -> int:
+        """Tokens of the target. A budget below the running decodes would starve the same requests for ever."""
+        return min(max(self._token_bound, len(self.running) + LEAST_PROMPT_TOKENS), self._own_token_budget)
 
     def _most_of_a_prompt(self, demand: StepDemand) -> int:
         """Tokens of the step that one prompt may take: its fair share where a target makes steps short. 0 for any."""
@@ -213,9 +218,7 @@ class _Elastic(MeasuredScheduler, PreemptionNotice):
         if revision == self._target_revision:
             return
         tokens, active = kv.row.get(ReplicaWord.TOKEN_BUDGET_MAX), kv.row.get(ReplicaWord.ACTIVE_MAX)
-        self._token_bound = (
-            min(max(tokens, self._least_tokens), self._own_token_budget) if tokens else (self._own_token_budget)
-        )
+        self._token_bound = min(tokens, self._own_token_budget) if tokens else self._own_token_budget
         self.max_num_active_reqs = min(active, self._own_active) if active else self._own_active
         self._target_revision = revision
         kv.row.set(EngineWord.TARGET_REVISION_APPLIED, revision)

@@ -24,7 +24,7 @@ from itertools import islice
 from replicas.decode_batch import DecodeBatch, EngineRequest
 from replicas.engine_profile import EngineProfile
 from replicas.prefix_cache import PrefixCache
-from replicas.prompt_share import fair_share
+from replicas.prompt_share import LEAST_PROMPT_TOKENS, fair_share
 from replicas.step_time import StepWork, prompt_pairs
 from replicas.targets import ReplicaTarget
 
@@ -111,9 +111,7 @@ class EngineModel:
         """Bounds from the next step on; as in the engine, never below what is running."""
         own = self.profile
         tokens, active = target.token_budget_max, target.active_max
-        self._token_budget = (
-            min(max(tokens, own.max_num_seqs), own.max_num_batched_tokens) if tokens else own.max_num_batched_tokens
-        )
+        self._token_budget = min(tokens, own.max_num_batched_tokens) if tokens else own.max_num_batched_tokens
         self._active = min(active, own.max_num_seqs) if active else own.max_num_seqs
         self._blocked = False
 
@@ -251,7 +249,8 @@ class EngineModel:
 
     def _prompts(self, admits: bool) -> tuple[list[tuple[EngineRequest, int]], int, float]:
         """Chunks of the next step, their tokens and pairs. Admits waiting requests if it may."""
-        budget = self._token_budget - self._batch.rows
+        rows = self._batch.rows
+        budget = min(max(self._token_budget, rows + LEAST_PROMPT_TOKENS), self.profile.max_num_batched_tokens) - rows
         most = self._most_of_a_prompt(budget) if admits or self._prefilling else budget
         chunks: list[tuple[EngineRequest, int]] = []
         total, pairs = 0, 0.0

@@ -7,6 +7,10 @@ Each gets what it needs up to the same most, and the step is full (max-min fairn
 
 from collections.abc import Iterable
 
+LEAST_PROMPT_TOKENS = 16
+"""Beside its decodes a step has room for so many tokens of prompts at least, whatever a target says: a prompt always
+gets on."""
+
 
 def fair_share(needs: Iterable[int], budget: int) -> int:
     """Tokens that one prompt takes at most of a step of ``budget``; at least 1. ``needs``: tokens of each."""

@@ -6,11 +6,13 @@ overload_goodput_ratio  good short requests a second at three times the load tha
                         load
 
 Two real replicas share this machine and a budget; the load goes through the API. Without its targets a replica's steps
-and batches are as large as its settings allow.
+and batches are as large as its settings allow. ``--simulate`` runs the load on simulated replicas alone, and records
+nothing.
 """
 
 import argparse
 import asyncio
+import json
 import os
 import socket
 import sys
@@ -19,7 +21,17 @@ from typing import Any
 
 from benchmarks.record import finish
 from benchmarks.slo.load import INTERACTIVE, MixedLoad, Shape
-from benchmarks.slo.served import ENGINES, api_target, cluster_config, decisions, learned_step_time, switch_targets
+from benchmarks.slo.served import (
+    ENGINES,
+    MAX_MODEL_LEN,
+    MAX_NUM_SEQS,
+    api_target,
+    cluster_config,
+    decisions,
+    learned_step_time,
+    switch_targets,
+)
+from benchmarks.slo.simulated import simulate
 from cluster.bench.arrivals import ClosedLoop, Replay
 from cluster.bench.load import run_load
 from cluster.launcher import LocalCluster
@@ -106,7 +118,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.slo")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each run")
     parser.add_argument("--turns", type=int, default=2, help="runs with and without targets, each")
+    parser.add_argument("--simulate", action="store_true", help="on simulated replicas, in seconds")
     options = parser.parse_args()
+    if options.simulate:
+        print(json.dumps(simulate(options.seconds, options.turns, MAX_NUM_SEQS, MAX_MODEL_LEN)))
+        return
     config = cluster_config(_free_port(), Shape.of(_ASSUMED, ENGINES))
     cluster = LocalCluster(config, lambda stage, at_s, line: print(f"  {stage:<9}{at_s:6.1f} s  {line}", flush=True))
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from benchmarks.slo.load import Shape
+from benchmarks.slo.load import BATCH, INTERACTIVE, Shape
 from cluster.bench.openai_target import OpenAITarget, ServerOptions
 from cluster.bench.target import Chunk, Usage
 from cluster.bench.workload import Request
@@ -21,21 +21,27 @@ from replicas.hop import TPOT_TARGET_ARG, TTFT_TARGET_ARG
 from replicas.step_time import StepTime
 
 ENGINES = 2
+MAX_NUM_SEQS, MAX_MODEL_LEN = 16, 4096
+_WEIGHTS = {INTERACTIVE: 10.0, BATCH: 1.0}
 _TIMEOUT_S = 60.0
 
 
 def cluster_config(port: int, shape: Shape) -> ClusterConfig:
     """Two replicas of the default model that share this machine, and the classes of the load."""
-    classes = [
-        SloClass(name=name, ttft_ms=slo.ttft_ms or 0.0, tpot_ms=slo.tpot_ms or 0.0)
-        for name, slo in shape.targets.items()
-    ]
     return ClusterConfig(
-        models=[ModelConfig(replicas=ENGINES, max_model_len=4096, max_num_seqs=16)],
+        models=[ModelConfig(replicas=ENGINES, max_model_len=MAX_MODEL_LEN, max_num_seqs=MAX_NUM_SEQS)],
         memory=MemoryConfig(budget=1 << 30),
         http=HttpConfig(port=port),
-        slo=classes,
+        slo=slo_classes(shape),
     )
+
+
+def slo_classes(shape: Shape) -> list[SloClass]:
+    """Short requests go first where there are too many."""
+    return [
+        SloClass(name=name, ttft_ms=slo.ttft_ms or 0.0, tpot_ms=slo.tpot_ms or 0.0, weight=_WEIGHTS[name])
+        for name, slo in shape.targets.items()
+    ]
 
 
 def switch_targets(on: bool) -> None:
