@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
 
 from cluster.cluster_view import FORGET_AFTER_S, STALE_AFTER_S, ClusterView, PressureView, ReportOutcome
 from cluster.controller import Controller
@@ -261,5 +262,60 @@ def test_view_of_a_former_life_is_never_taken_for_a_present_one() -> None:
         await new.report_device(report(1, engine()))
         view = await asyncio.wait_for(new.watch(old.revision, 20.0), 5.0)
         assert set(view.engines) == {"a"}
+
+    asyncio.run(scenario())
+
+
+class Named:
+    """Stands for the actor that has the controller's name: what it answers, or why it cannot."""
+
+    def __init__(self, life: str | Exception) -> None:
+        self.life = self
+        self._life = life
+
+    async def remote(self) -> str:
+        if isinstance(self._life, Exception):
+            raise self._life
+        return self._life
+
+
+class Ended(BaseException):
+    """What ends an actor."""
+
+
+@pytest.mark.parametrize("named", ["own", "other", "nobody", "away"])
+def test_who_has_the_name_leads(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    """A report with a target of a later life: the controller with the name goes on above it, one whose name is
+    another's ends, and as long as nobody answers to the name there are no targets."""
+
+    async def scenario() -> None:
+        controller = await started()
+        await controller.report_device(report(1, engine()))
+        mine = await controller.target_for("a")
+        assert mine is not None
+        lives: dict[str, str | Exception] = {"own": await controller.life(), "other": "x", "away": RayError("away")}
+
+        def get_actor(name: str, namespace: str) -> Named:
+            if named == "nobody":
+                raise ValueError("no such actor")
+            return Named(lives[named])
+
+        def exit_actor() -> None:
+            raise Ended
+
+        monkeypatch.setattr("cluster.controller.ray.get_actor", get_actor)
+        monkeypatch.setattr("cluster.controller.exit_actor", exit_actor)
+        later = mine.revision + 10**9
+        if named == "other":
+            with pytest.raises(Ended):
+                await controller.report_device(report(2, engine(target_revision=later)))
+            return
+        await controller.report_device(report(2, engine(target_revision=later)))
+        await controller.report_device(report(3, engine(target_revision=later)))
+        target = await controller.target_for("a")
+        if named == "own":
+            assert target is not None and target.revision > later
+        else:
+            assert target is None
 
     asyncio.run(scenario())
