@@ -11,10 +11,11 @@ feedback       the goal is the target times a factor, lowered while measured TPO
              is: longer steps compute more in all, and a queue that grows is late for everybody. A calm TPOT is no
              reason to go above 1: it may have been measured while no prompt came.
 
-Above 1 the factor counts for prompts alone: not every step has one, but every step decodes.
+The factor counts for prompts alone: not every step has one, but every step decodes.
 
-A ceiling falls at once and rises when it could have for a while. A TPOT that not even a single request would keep is
-no reason to hold others up: then the engine's own settings are the bounds.
+A ceiling falls at once and rises when it could have for a while. Steps are never so short that prompts could not be
+computed as fast as they come. A TPOT that those who run would not keep however prompts are cut is no reason to hold
+anybody up: then the engine's own settings are the bounds.
 """
 
 import math
@@ -33,7 +34,9 @@ _CHANGE = 0.1
 """A ceiling is replaced where it would move by more than this share: each change costs a message."""
 _RISE_AFTER_S = 3.0
 _HOPELESS = 1.1
-"""Share of the target above which one request alone is taken not to keep it."""
+"""Share of the target above which the best TPOT is taken not to keep it."""
+_SPARE = 1.25
+"""How much more than the prompts lately a step leaves room for."""
 _MOVED_SHARE = 1 / 8
 """Of its requests, what a replica that is late gives away at a time where another one has room; it keeps _KEPT_SHARE
 of what it could decode in time."""
@@ -58,6 +61,7 @@ class BatchObservation:
         tpot_s: measured since the last look; NaN where there was none.
         tpot_target_s: the tightest of those that run, or may come.
         prompt_tokens: of a prompt, on average; prompt_of_token: of the prompt that a prompt's token is in, likewise.
+        prompt_rate: of their tokens computed a second, lately.
         ttft_share: of its TTFT target, what the prompt that is nearest to it has waited.
         room_elsewhere: another replica of the model keeps its TPOT and could take requests.
     """
@@ -68,6 +72,7 @@ class BatchObservation:
     tpot_target_s: float
     prompt_tokens: float = 512.0
     prompt_of_token: float = 512.0
+    prompt_rate: float = 0.0
     ttft_share: float = 0.0
     room_elsewhere: bool = False
 
@@ -112,8 +117,9 @@ class BatchSizing:
 
     Attributes:
         factor: goal over target; lowered_s: when it fell last.
-        hopeless: one request alone does not keep the target.
-        tokens, active: the ceilings that hold.
+        hopeless: no way of cutting prompts keeps the target.
+        tokens, active: the ceilings that hold; given: of the requests that routers give it. It runs more of them where
+            they come all the same: to let them wait would be late for them too.
     """
 
     factor: float = 1.0
@@ -121,22 +127,28 @@ class BatchSizing:
     hopeless: bool = False
     tokens: Ceiling = Ceiling()
     active: Ceiling = Ceiling()
+    given: Ceiling = Ceiling()
 
     def next(self, seen: BatchObservation, step_time: StepTime, bounds: BatchBounds, now_s: float) -> "BatchSizing":
         """The state after a look at the replica."""
         moved = self._fed_back(seen, now_s)
-        alone_s = step_time.decode_s(1, seen.kv_tokens / seen.running if seen.running else seen.prompt_tokens)
-        hopeless = alone_s > (1.0 if self.hopeless else _HOPELESS) * seen.tpot_target_s
+        hopeless = best_tpot_s(seen, step_time) > (1.0 if self.hopeless else _HOPELESS) * seen.tpot_target_s
         if hopeless:
-            tokens, active = bounds.tokens_most, bounds.active_most
+            tokens = bounds.tokens_most
         else:
             tokens = prompt_tokens_within(moved.factor * seen.tpot_target_s, seen, step_time, bounds)
-            active = requests_within(min(moved.factor, 1.0) * seen.tpot_target_s, seen, step_time, bounds)
-            if seen.late and seen.room_elsewhere:
-                stay = seen.running - math.ceil(seen.running * _MOVED_SHARE)
-                active = min(active, max(stay, math.ceil(active * _KEPT_SHARE)))
+            tokens = max(tokens, prompt_tokens_needed(seen, step_time, bounds))
+        active = requests_within(seen.tpot_target_s, seen, step_time, bounds)
+        given = active
+        if seen.late and seen.room_elsewhere:
+            stay = seen.running - math.ceil(seen.running * _MOVED_SHARE)
+            given = min(active, max(stay, math.ceil(active * _KEPT_SHARE)))
         return replace(
-            moved, hopeless=hopeless, tokens=self.tokens.next(tokens, now_s), active=self.active.next(active, now_s)
+            moved,
+            hopeless=hopeless,
+            tokens=self.tokens.next(tokens, now_s),
+            active=self.active.next(active, now_s),
+            given=self.given.next(given, now_s),
         )
 
     def _fed_back(self, seen: BatchObservation, now_s: float) -> "BatchSizing":
@@ -164,6 +176,24 @@ def resumed(tokens: int, active: int, seen: BatchObservation, step_time: StepTim
     return BatchSizing(factor=factor, tokens=Ceiling(tokens), active=Ceiling(active))
 
 
+def best_tpot_s(seen: BatchObservation, step_time: StepTime) -> float:
+    """What a token takes on average, however prompts are cut: a decode of those that run, in the part of the time that
+    prompts leave; infinite where they leave none."""
+    context = seen.kv_tokens / seen.running if seen.running else seen.prompt_tokens
+    decode_s = step_time.decode_s(max(1, seen.running), context * max(1, seen.running))
+    left = 1 - seen.prompt_rate * _mean_token_s(seen, step_time)
+    return decode_s / left if left > 0 else math.inf
+
+
+def prompt_tokens_needed(seen: BatchObservation, step_time: StepTime, bounds: BatchBounds) -> int:
+    """Tokens of the smallest step, decodes included, with which prompts are computed somewhat faster than they were
+    lately: shorter ones take up the engine with decoding."""
+    rate = _SPARE * seen.prompt_rate
+    left = 1 - rate * _mean_token_s(seen, step_time)
+    tokens = rate * step_time.decode_s(seen.running, seen.kv_tokens) / left if left > 0 else math.inf
+    return int(min(tokens + seen.running, bounds.tokens_most))
+
+
 def prompt_tokens_within(goal_s: float, seen: BatchObservation, step_time: StepTime, bounds: BatchBounds) -> int:
     """Tokens of the largest step that takes no longer, decodes included; within the bounds."""
     spare_s = goal_s - step_time.decode_s(seen.running, seen.kv_tokens)
@@ -174,12 +204,17 @@ def prompt_tokens_within(goal_s: float, seen: BatchObservation, step_time: StepT
 
 
 def requests_within(goal_s: float, seen: BatchObservation, step_time: StepTime, bounds: BatchBounds) -> int:
-    """The most requests like those that run whose decode step takes no longer; at least 1."""
+    """The most requests like those that run whose decode step takes no longer; all where not even one's does."""
     context = seen.kv_tokens / seen.running if seen.running else seen.prompt_tokens
     a_row_s = step_time.row_s + context * step_time.kv_token_s
     spare_s = goal_s - step_time.step_s
     rows = spare_s / a_row_s if a_row_s > 0 else math.copysign(math.inf, spare_s)
-    return int(min(max(rows, 1), bounds.active_most))
+    return int(min(rows, bounds.active_most)) if rows >= 1 else bounds.active_most
+
+
+def _mean_token_s(seen: BatchObservation, step_time: StepTime) -> float:
+    """Of a prompt's token, on average."""
+    return step_time.token_s + step_time.pair_s * seen.prompt_of_token / 2
 
 
 def _token_s(seen: BatchObservation, step_time: StepTime) -> float:

@@ -52,8 +52,8 @@ class EnginePressure:
         kv_usage: used share of the capacity inside the lease, 0 to 1; demand_ratio: demanded bytes over the limit.
         age_s: age of the report when this view was made.
         kv_tokens: tokens that fit inside the lease; kv_used_tokens: of the requests that run.
-        max_num_seqs, max_num_batched_tokens: the engine's own settings, the former also within its target; 0 before it
-            has told them.
+        max_num_seqs: requests that it is to get at once: within its own settings and its target, fewer where it is late
+            and another one has room; max_num_batched_tokens: its own setting. 0 before it has told them.
         step_time: of its steps, as the engine has learned it; None until then.
         prompt_tokens: of a prompt, mean of the recent ones, 0 before the first.
     """
@@ -148,7 +148,7 @@ class ClusterView:
                 age_s=now_s - received.at_s,
                 kv_tokens=engine.reachable_blocks * engine.block_tokens,
                 kv_used_tokens=engine.kv_tokens,
-                max_num_seqs=min(engine.max_num_seqs, engine.active_max or engine.max_num_seqs),
+                max_num_seqs=self.targets.requests_for(engine),
                 max_num_batched_tokens=engine.max_num_batched_tokens,
                 step_time=step_time_of(engine),
                 prompt_tokens=engine.prompt_tokens,

@@ -120,6 +120,13 @@ class TargetPlanner:
         engine = self._engines.get(engine_id)
         return engine.target if engine is not None and not self.superseded else None
 
+    def requests_for(self, engine: EngineReport) -> int:
+        """How many requests routers are to give the engine at once: those that it runs at most, or fewer where it is
+        late and another one has room."""
+        known = self._engines.get(engine.engine_id)
+        given = known.sizing.given.value if known is not None and known.sizing is not None else 0
+        return min((one for one in (engine.max_num_seqs, engine.active_max, given) if one), default=0)
+
     def forget(self, engine: EngineReport) -> None:
         """The engine has gone."""
         self._engines.pop(engine.engine_id, None)
@@ -153,8 +160,7 @@ class TargetPlanner:
         if before is None:
             before = resumed(engine.token_budget_max, engine.active_max, seen, step_time, bounds)
         sizing = known.sizing = before.next(seen, step_time, bounds, now_s)
-        ceiling = sizing.active.value
-        room = seen.calm and engine.running + engine.waiting < ceiling
+        room = seen.calm and engine.running + engine.waiting < sizing.active.value
         self._models[engine.model].has_room(engine.engine_id, room, now_s)
         inputs = {
             "running": seen.running,
@@ -165,9 +171,14 @@ class TargetPlanner:
             "goal_ms": round(1000 * sizing.factor * seen.tpot_target_s, 3),
             "ttft_share": round(engine.ttft_share, 3),
             "decode_ms": round(1000 * step_time.decode_s(seen.running, seen.kv_tokens), 3),
+            "prompt_rate": round(engine.prompt_rate, 1),
             "prompt_token_ms": round(1000 * step_time.token_s, 4),
         }
-        return self._decide(engine, known, (sizing.tokens.value, ceiling), _reason(seen, sizing), inputs)
+        wanted = sizing.tokens.value, sizing.active.value
+        decision = self._decide(engine, known, wanted, _reason(seen, sizing), inputs)
+        if decision is None and sizing.given.value != before.given.value and before.given.value:
+            decision = Decision("shift", engine.engine_id, _shift(sizing), _reason(seen, sizing), inputs)
+        return decision
 
     def _observe(self, engine: EngineReport, known: _Engine, now_s: float) -> BatchObservation:
         """The engine as sizing sees it. A measured TPOT counts once: an engine that stands still measures none."""
@@ -181,6 +192,7 @@ class TargetPlanner:
             tpot_target_s=model.objective_s(engine, self.settings.tpot_s, now_s),
             prompt_tokens=engine.prompt_tokens or _PROMPT_TOKENS,
             prompt_of_token=engine.prompt_of_token or _PROMPT_TOKENS,
+            prompt_rate=engine.prompt_rate,
             ttft_share=engine.ttft_share,
             room_elsewhere=model.room_elsewhere(engine.engine_id, now_s),
         )
@@ -209,10 +221,14 @@ def step_time_of(engine: EngineReport) -> StepTime | None:
     return parts if any(parts.parts) else None
 
 
+def _shift(sizing: BatchSizing) -> str:
+    return f"{sizing.given.value} of at most {sizing.active.value} requests from routers"
+
+
 def _reason(seen: BatchObservation, sizing: BatchSizing) -> str:
     target_ms = 1000 * seen.tpot_target_s
     if sizing.hopeless:
-        return f"one request alone does not keep {target_ms:.0f} ms a token: best effort"
+        return f"no step is short enough to keep {target_ms:.0f} ms a token beside these prompts: best effort"
     if seen.hurried:
         return f"a prompt has waited for {seen.ttft_share:.0%} of its TTFT target: longer steps compute more"
     if seen.late and seen.room_elsewhere:

@@ -111,6 +111,7 @@ def sample_engine(tenant: Tenant) -> EngineReport:
         ttft_share=row.get_float(EngineWord.TTFT_SHARE),
         prompt_tokens=row.get_float(EngineWord.PROMPT_TOKENS),
         prompt_of_token=row.get_float(EngineWord.PROMPT_OF_TOKEN),
+        prompt_rate=row.get_float(EngineWord.PROMPT_RATE),
         pressure=tenant.pressure.level,
     )
 

@@ -188,6 +188,8 @@ class EngineWord(IntEnum):
     """Of a prompt, mean of the recent ones; 0 before the first."""
     PROMPT_OF_TOKEN = 108
     """Tokens of the prompt that a prompt's token is in, mean over their tokens: long ones weigh more."""
+    PROMPT_RATE = 109
+    """Tokens of prompts that were computed a second, over about the last half minute."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class EngineReport:
             objective for it that a request of the engine has. 0 where there is none.
         ttft_share: of its objective for the first token, what a request that waits for it has used, the most of all.
         prompt_tokens: of a prompt, mean of the recent ones; prompt_of_token: of the prompt that a prompt's token is in,
-            mean over their tokens.
+            mean over their tokens; prompt_rate: of their tokens computed a second, over about the last half minute.
     """
 
     engine_id: str
@@ -114,6 +114,7 @@ class EngineReport:
     ttft_share: float
     prompt_tokens: float
     prompt_of_token: float
+    prompt_rate: float
     pressure: PressureLevel
 
     @property

@@ -22,13 +22,14 @@ from replicas.tpot_tail import TpotTail
 RequestId = str | int
 
 _SOLVE_EVERY = 8
-_ENOUGH_STEPS = 20
+ENOUGH_STEPS = 20
 """Steps from which their model is told."""
 _ENOUGH_TOKENS = 8
 """Tokens from which an answer's pace counts before its end."""
 _LOOKED_AT = 64
 """Of the requests that wait for their first token, the oldest, which are looked at."""
 _PROMPT_MEMORY = 0.95
+_RATE_MEMORY_S = 30.0
 _PARTS = (EngineWord.STEP_S, EngineWord.ROW_S, EngineWord.KV_TOKEN_S, EngineWord.TOKEN_S, EngineWord.PAIR_S)
 
 
@@ -62,12 +63,14 @@ class EnginePace:
         self._answers: dict[RequestId, _Answer] = {}
         self._tail = TpotTail()
         self._prompt_tokens = self._prompt_squares = 0.0
+        self._computed, self._computed_s = 0.0, -math.inf
+        """Tokens of prompts, each counting for less the older it is, as of then."""
         self._shown: StepTime | None = None
 
     @property
     def step_time(self) -> StepTime | None:
         """None until enough steps have been seen."""
-        return self._model.step_time if self._model.observed >= _ENOUGH_STEPS else None
+        return self._model.step_time if self._model.observed >= ENOUGH_STEPS else None
 
     def tpot_s(self, now_s: float) -> float:
         """The time per token that one answer in ten exceeds, of those that run and that ended lately, with the waits of
@@ -96,6 +99,15 @@ class EnginePace:
         """Tokens of the prompt that a prompt's token is in, mean over the tokens of the recent prompts."""
         return self._prompt_squares / self._prompt_tokens if self._prompt_tokens else 0.0
 
+    def prompt_rate(self, now_s: float) -> float:
+        """Tokens of prompts that were computed a second, over about the last half minute."""
+        return self._computed * math.exp((self._computed_s - now_s) / _RATE_MEMORY_S) / _RATE_MEMORY_S
+
+    def compute(self, tokens: int, now_s: float) -> None:
+        """So many tokens of prompts have been computed."""
+        self._computed = self.prompt_rate(now_s) * _RATE_MEMORY_S + tokens
+        self._computed_s = now_s
+
     def arrive(self, request_id: RequestId, prompt_tokens: int, objectives: Objectives, now_s: float) -> None:
         """A request has come. An objective that it has not is infinite."""
         known = self._prompt_tokens or prompt_tokens
@@ -118,6 +130,8 @@ class EnginePace:
         self._ended_s = now_s
         if work.rows or work.tokens:
             self._model.observe(work, now_s - began_s)
+        if work.tokens:
+            self.compute(work.tokens, now_s)
 
     def answer(self, request_id: RequestId, tokens: int, now_s: float) -> None:
         """So many new tokens of a request have come."""
@@ -154,6 +168,7 @@ class EnginePace:
         row.set_float(EngineWord.TTFT_SHARE, self.ttft_share(now_s))
         row.set_float(EngineWord.PROMPT_TOKENS, self._prompt_tokens)
         row.set_float(EngineWord.PROMPT_OF_TOKEN, self.prompt_of_token)
+        row.set_float(EngineWord.PROMPT_RATE, self.prompt_rate(now_s))
         step_time = self.step_time
         if step_time is not None and step_time is not self._shown:
             self._shown = step_time

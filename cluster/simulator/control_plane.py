@@ -10,10 +10,13 @@ from cluster.simulator.scenario import Scenario
 from cluster.simulator.sim_replica import SimReplica
 from cluster.simulator.sim_router import SimRouter
 from cluster.target_planner import TargetSettings
+from replicas.engine_pace import ENOUGH_STEPS
 from replicas.step_time import StepTime, StepTimeModel
 
 _LEARNERS = 8
 """Engines whose steps teach the step-time model, at each report."""
+_UNKNOWN = StepTime(0.0)
+"""What engines report of their steps until they have seen some."""
 PLAN_EVERY_S = 5.0
 """Seconds from one decision on the number of replicas to the next; targets are planned as reports come."""
 
@@ -67,10 +70,10 @@ class ControlPlane:
     def report(self, now_s: float) -> None:
         """Every agent that can reports, and replicas fetch what was planned from it. Some engines' steps, in turn,
         teach the step-time model that all report."""
-        step_time = self._steps.step_time
+        known = self._steps.step_time if self._steps.observed >= ENOUGH_STEPS else _UNKNOWN
         for replica in self._replicas:
             if replica.reporting and replica.reachable:
-                self._view.receive(replica.report(now_s, step_time), now_s)
+                self._view.receive(replica.report(now_s, known), now_s)
                 if (target := self._view.targets.target_for(replica.name)) is not None:
                     replica.apply(target)
         count = len(self._replicas)

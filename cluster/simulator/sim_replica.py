@@ -53,6 +53,7 @@ class SimReplica:
         """End the engine's run of steps under way."""
         progress = self.engine.advance()
         for one in progress.started:
+            self.pace.compute(one.prompt_tokens - one.hit_tokens, progress.at_s)
             self.pace.answer(one.request_id, 1, progress.at_s)
         for one in progress.finished:
             if one.output_tokens > 1:
@@ -143,6 +144,7 @@ class SimReplica:
             ttft_share=self.pace.ttft_share(now_s),
             prompt_tokens=self.pace.prompt_tokens,
             prompt_of_token=self.pace.prompt_of_token,
+            prompt_rate=self.pace.prompt_rate(now_s),
             pressure=self._pressure.level,
         )
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cluster.batch_sizing import (
@@ -47,10 +47,12 @@ def test_bounds_are_kept_whatever_is_seen(looks: list[BatchObservation]) -> None
         assert BOUNDS.tokens_least <= sizing.tokens.value <= BOUNDS.tokens_most
 
 
-@given(observations, st.floats(1e-3, 1), st.floats(1, 5))
+@given(observations, st.floats(0.1, 1), st.floats(1, 5))
 def test_a_tighter_goal_never_allows_more(one: BatchObservation, goal_s: float, wider: float) -> None:
-    """Feed forward is monotone in the goal."""
+    """Feed forward is monotone in the goal, as long as one request keeps it."""
     assert prompt_tokens_within(goal_s, one, STEP, BOUNDS) <= prompt_tokens_within(wider * goal_s, one, STEP, BOUNDS)
+    context = one.kv_tokens / one.running if one.running else one.prompt_tokens
+    assume(STEP.decode_s(1, context) < goal_s)
     assert requests_within(goal_s, one, STEP, BOUNDS) <= requests_within(wider * goal_s, one, STEP, BOUNDS)
 
 
@@ -118,13 +120,34 @@ def test_noise_moves_no_ceiling(wanted: list[int]) -> None:
 def test_a_target_that_cannot_be_kept_holds_nobody_up() -> None:
     """Where one request alone takes longer, the engine's own settings are the bounds; where it just fits, it is kept
     to, and what is on the border does not go to and fro."""
-    hopeless = BatchSizing().next(seen(target_s=0.009), STEP, BOUNDS, 0.0)
+    alone_s = STEP.decode_s(1, 1000.0)
+    hopeless = BatchSizing().next(seen(1, target_s=alone_s / 1.2), STEP, BOUNDS, 0.0)
     assert hopeless.hopeless
     assert (hopeless.tokens.value, hopeless.active.value) == (BOUNDS.tokens_most, BOUNDS.active_most)
-    alone_s = STEP.decode_s(1, 1000.0)
-    assert not BatchSizing().next(seen(target_s=alone_s / 1.05), STEP, BOUNDS, 0.0).hopeless
-    assert hopeless.next(seen(target_s=alone_s / 1.05), STEP, BOUNDS, 1.0).hopeless
-    assert not hopeless.next(seen(target_s=1.05 * alone_s), STEP, BOUNDS, 1.0).hopeless
+    assert not BatchSizing().next(seen(1, target_s=alone_s / 1.05), STEP, BOUNDS, 0.0).hopeless
+    assert hopeless.next(seen(1, target_s=alone_s / 1.05), STEP, BOUNDS, 1.0).hopeless
+    assert not hopeless.next(seen(1, target_s=1.05 * alone_s), STEP, BOUNDS, 1.0).hopeless
+
+
+def test_too_many_at_once_are_bounded_though_no_step_is_short_enough() -> None:
+    """Twenty requests that decode too slowly together: prompts are not cut for them, but fewer run from now on."""
+    crowd = BatchSizing().next(seen(20, target_s=0.015), STEP, BOUNDS, 0.0)
+    assert crowd.hopeless and crowd.tokens.value == BOUNDS.tokens_most
+    assert crowd.active.value == 8
+
+
+def test_steps_are_long_enough_for_the_prompts_that_come() -> None:
+    """Where short steps could not compute prompts as fast as they come, steps are as long as that takes; and where
+    those who run would be late however prompts are cut, prompts are not held up."""
+    idle = seen()
+    few = BatchSizing().next(replace(idle, prompt_rate=1000.0), STEP, BOUNDS, 0.0)
+    assert few.tokens.value == prompt_tokens_within(0.05, idle, STEP, BOUNDS)
+    many = replace(seen(target_s=0.06), prompt_rate=11_000.0)
+    steps = BatchSizing().next(many, STEP, BOUNDS, 0.0)
+    tokens = steps.tokens.value - 20
+    assert not steps.hopeless and tokens > prompt_tokens_within(0.06, many, STEP, BOUNDS)
+    assert tokens / STEP.seconds(StepWork(20, 20_000.0, tokens)) > 11_000
+    assert BatchSizing().next(replace(many, prompt_rate=15_000.0), STEP, BOUNDS, 0.0).hopeless
 
 
 def test_a_prompt_in_a_hurry_makes_steps_longer() -> None:
@@ -157,10 +180,11 @@ def test_a_calm_time_is_no_reason_for_longer_steps() -> None:
 def test_who_is_late_gives_requests_away_where_there_is_room() -> None:
     """An eighth of them, and never most of what it can do; nobody's room, nothing to give away."""
     late = seen(running=16, tpot_s=0.06)
-    assert BatchSizing().next(late, STEP, BOUNDS, 0.0).active.value > 16
-    assert BatchSizing().next(seen(16, 0.06, room_elsewhere=True), STEP, BOUNDS, 0.0).active.value == 14
-    assert BatchSizing().next(seen(2, 0.06, room_elsewhere=True), STEP, BOUNDS, 0.0).active.value > 8
-    assert BatchSizing().next(seen(16, 0.04, room_elsewhere=True), STEP, BOUNDS, 0.0).active.value > 16
+    assert BatchSizing().next(late, STEP, BOUNDS, 0.0).given.value > 16
+    moved = BatchSizing().next(seen(20, 0.06, room_elsewhere=True), STEP, BOUNDS, 0.0)
+    assert moved.given.value == 17 and moved.active.value > 20
+    assert BatchSizing().next(seen(2, 0.06, room_elsewhere=True), STEP, BOUNDS, 0.0).given.value > 8
+    assert BatchSizing().next(seen(16, 0.04, room_elsewhere=True), STEP, BOUNDS, 0.0).given.value > 16
 
 
 @given(st.floats(0.3, 1.9), st.integers(0, 30))
@@ -168,7 +192,7 @@ def test_a_new_controller_goes_on_from_the_ceilings_at_work(factor: float, runni
     """With the ceilings that the replica has, the state is as it was: the next look changes nothing."""
     one = seen(running)
     tokens = prompt_tokens_within(factor * one.tpot_target_s, one, STEP, BOUNDS)
-    active = requests_within(min(factor, 1.0) * one.tpot_target_s, one, STEP, BOUNDS)
+    active = requests_within(one.tpot_target_s, one, STEP, BOUNDS)
     following = resumed(tokens, active, one, STEP, BOUNDS).next(one, STEP, BOUNDS, 0.0)
     if tokens > BOUNDS.tokens_least + running:  # else the factor cannot be told from it
         assert (following.tokens.value, following.active.value) == (tokens, active)

@@ -38,7 +38,8 @@ def engine(engine_id: str = "a", **values: Any) -> EngineReport:
         "kv_usage": 0.25, "target_revision": 0, "token_budget_max": 0, "active_max": 0,
         "max_num_seqs": 32, "max_num_batched_tokens": 1024, "kv_tokens": 300,
         "step_s": 0.01, "row_s": 1e-3, "kv_token_s": 1e-7, "token_s": 1e-4, "pair_s": 0.0,
-        "tpot_s": 0.02, "tpot_target_s": 0.0, "ttft_share": 0.0, "prompt_tokens": 100.0, "prompt_of_token": 100.0,
+        "tpot_s": 0.02, "tpot_target_s": 0.0, "ttft_share": 0.0, "prompt_tokens": 100.0,
+        "prompt_of_token": 100.0, "prompt_rate": 0.0,
         "pressure": PressureLevel.NORMAL,
     }  # fmt: skip
     return EngineReport(engine_id=engine_id, **(known | values))

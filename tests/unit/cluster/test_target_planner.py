@@ -93,17 +93,21 @@ def test_an_engine_that_stands_still_measures_nothing(planner: TargetPlanner) ->
 
 
 def test_load_moves_to_a_replica_with_room(planner: TargetPlanner) -> None:
-    """A late replica keeps fewer requests than it runs where another one of the model has room, whose report is
-    fresh."""
+    """A late replica is to get fewer requests than it runs where another one of the model has room, whose report is
+    fresh. It runs those that come all the same."""
     late = replace(busy("late", tpot_s=0.15), running=16)
-    assert plan(planner, late, 0.0).active_max > 16
+    target = plan(planner, late, 0.0)
+    assert target.active_max == planner.requests_for(late) == 32
     planner.plan(busy("calm", tpot_s=0.02), 0.5)
     decision = planner.plan(replace(late, tpot_s=0.16), 1.0)
-    assert decision is not None and "another replica has room" in decision.reason
-    assert plan(planner, late, 1.0).active_max == 14
+    assert decision is not None and decision.kind == "shift" and "another replica has room" in decision.reason
+    assert decision.action == "14 of at most 32 requests from routers"
+    assert planner.requests_for(late) == 14
+    assert planner.target_for("late") == target
     later = TargetPlanner(SETTINGS, EPOCH_MS)
     later.plan(busy("calm", tpot_s=0.02), 0.0)
-    assert plan(later, late, 5.0).active_max > 16, "it has not been heard of for five seconds"
+    later.plan(late, 5.0)
+    assert later.requests_for(late) == 32, "it has not been heard of for five seconds"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +118,9 @@ def test_no_room_elsewhere(planner: TargetPlanner, other: dict[str, Any]) -> Non
     report = replace(busy("other"), **other)
     planner.plan(report, 0.0)
     planner.plan(busy("late", tpot_s=0.01), 0.5)
-    assert plan(planner, replace(busy("late", tpot_s=0.15), running=16), 1.6).active_max > 16
+    late = replace(busy("late", tpot_s=0.15), running=16)
+    planner.plan(late, 1.6)
+    assert planner.requests_for(late) == 32
 
 
 def test_decisions_carry_what_was_seen(planner: TargetPlanner) -> None:

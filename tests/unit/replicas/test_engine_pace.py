@@ -256,3 +256,13 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_where_steps_are_short(tmp_p
             engine.check_tokens()
     assert first_tokens[0]["short"] >= first_tokens[0]["long"]
     assert first_tokens[16]["short"] < first_tokens[16]["long"] / 4
+
+
+def test_the_rate_of_prompts_is_that_of_the_last_half_minute() -> None:
+    """A steady rate is found; one that has stopped fades."""
+    pace = EnginePace()
+    assert pace.prompt_rate(0.0) == 0.0
+    for second in range(200):
+        pace.compute(500, float(second))
+    assert pace.prompt_rate(199.0) == pytest.approx(500, rel=0.05)
+    assert pace.prompt_rate(260.0) < 100
