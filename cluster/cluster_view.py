@@ -16,7 +16,6 @@ from cluster.decision import Decision, DecisionLog
 from cluster.target_planner import TargetPlanner, TargetSettings, step_time_of
 from memory_agent.reports import DeviceReport, EngineReport, PressureLevel
 from replicas.step_time import StepTime
-from replicas.targets import ReplicaTarget
 
 STALE_AFTER_S = 3.0
 FORGET_AFTER_S = 60.0
@@ -127,14 +126,7 @@ class ClusterView:
     def decide(self, decision: Decision, now_s: float) -> None:
         """Keep a decision, and log it."""
         self.decisions.add(decision, now_s)
-        logger.info(
-            "%s %s: %s, because %s %s",
-            decision.kind,
-            decision.subject,
-            decision.action,
-            decision.reason,
-            dict(decision.inputs),
-        )
+        logger.info("%s", decision.line)
 
     def pressure_view(self, now_s: float) -> PressureView:
         """The engines with fresh reports. The revision grows when the numbers differ from those of the view before."""
@@ -222,7 +214,8 @@ class ClusterView:
         taken = max(held, used) + activations + starts + report.weights_over_bytes
         replicas: list[dict[str, Any]] = list(report.to_json()["engines"])
         for replica in replicas:
-            replica["target"] = _target_json(self.targets.target_for(replica["engine_id"]))
+            target = self.targets.target_for(replica["engine_id"])
+            replica["target"] = asdict(target) if target is not None else None
         return {
             "device": report.device,
             "agent_pid": report.agent_pid,
@@ -253,9 +246,3 @@ def _numbers(report: DeviceReport) -> Iterator[float]:
     yield from _DEVICE_NUMBERS(report)
     for engine in report.engines:
         yield from _ENGINE_NUMBERS(engine)
-
-
-def _target_json(target: ReplicaTarget | None) -> dict[str, int] | None:
-    if target is None:
-        return None
-    return asdict(target)

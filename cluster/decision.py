@@ -23,6 +23,11 @@ class Decision:
     reason: str
     inputs: Mapping[str, float | str] = field(default_factory=dict)
 
+    @property
+    def line(self) -> str:
+        """For a log."""
+        return f"{self.kind} {self.subject}: {self.action}, because {self.reason} {dict(self.inputs)}"
+
 
 class DecisionLog:
     """The last decisions. ``now_s`` is monotonic seconds of one clock."""
