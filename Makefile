@@ -15,7 +15,7 @@ ifeq ($(EXTRA),cpu)
 TORCH_FROM := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)",UV_TORCH_BACKEND=cpu)
 endif
 
-.PHONY: serve setup test test-full lint format bench-overhead bench-elastic bench-simulator bench-serving-path gpu-check clean
+.PHONY: serve setup test test-full lint format bench-overhead bench-elastic bench-simulator bench-slo bench-serving-path gpu-check clean
 .DEFAULT_GOAL := serve
 
 serve: setup ## Serve the default model on 127.0.0.1:8000; ARGS are those of `ellm serve`
@@ -56,6 +56,9 @@ bench-elastic: setup ## Elastic memory under pressure against three static engin
 
 bench-simulator: setup ## Cost and truth of the simulator, routing policies compared; ARGS="--part scale" for one part; the last line is JSON
 	$(BIN)/python -m benchmarks.simulator $(ARGS)
+
+bench-slo: setup ## Attainment with and without the controller's targets, goodput under overload, two real replicas; the last line is JSON
+	$(BIN)/python -m benchmarks.slo $(ARGS)
 
 bench-serving-path: setup ## Tokens/s and added latency of everything but the engine, against ray.serve.llm; the last line is JSON
 	$(BIN)/python -m benchmarks.serving_path $(ARGS)

@@ -1,6 +1,7 @@
 """The HTTP API of the cluster: vLLM's own server for each model, behind one small ASGI application.
 
     /health /metrics /ellm/status     answered here
+    /ellm/decisions                   what the controller decided lately (``cluster.decisions_api``)
     /ellm/models                      models added, removed and limited (``cluster.models_api``)
     routes that do not work yet       refused here, in OpenAI's error form
     /v1/models                        all models
@@ -25,6 +26,7 @@ from cluster.api_errors import error_answer, no_such_model
 from cluster.api_metrics import MetricsEndpoint
 from cluster.api_routes import API_ROUTES, RouteState
 from cluster.cluster_status import ControllerAwayError, read_snapshot
+from cluster.decisions_api import decision_routes
 from cluster.model_table import ModelTable, ServedModel
 from cluster.models_api import RegistryAwayError, model_routes, read_models
 from cluster.slo_layer import SloLayer
@@ -83,6 +85,7 @@ def build_api(
         Route("/health", health),
         Route("/metrics", metrics.__call__),
         Route("/ellm/status", status),
+        *decision_routes(),
         *model_routes(),
         *(_refusal(route.path, route.note) for route in API_ROUTES if route.state is RouteState.NOT_YET),
         Route("/v1/models", all_models),

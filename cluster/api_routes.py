@@ -37,6 +37,7 @@ _WORKS: dict[str, str] = {
     "/health": "200 while a replica of each model is reachable",
     "/metrics": "Prometheus metrics: vLLM's and ours",
     "/ellm/status": "state of the cluster as JSON",
+    "/ellm/decisions": "the controller's last decisions, with what it saw and why",
     "/ellm/models /ellm/models/{name}": "models listed, added (POST), removed (DELETE), limited (PATCH) while it runs",
     "/load /version": "requests inside this API process; vLLM's release",
     "/openapi.json /docs /docs/oauth2-redirect /redoc": "description of the API",

@@ -17,6 +17,7 @@ from cluster.bench.command import bench
 from cluster.config import ClusterConfig, ModelConfig
 from cluster.config_file import ConfigError, example_config, load_config, validated
 from cluster.default_model import DefaultModelError, get_default_model
+from cluster.explain import explain
 from cluster.models_command import models_app
 from cluster.readiness import NoAnswer, read_status
 from cluster.simulator.command import plan, simulate
@@ -36,6 +37,7 @@ model_app = typer.Typer(help="The default model.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(models_app, name="models")
 app.command()(bench)
+app.command()(explain)
 app.command()(simulate)
 app.command()(plan)
 

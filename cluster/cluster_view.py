@@ -4,15 +4,18 @@ Everything here is soft state. It is built from the agents' reports and from not
 anew has it back one report of each device later. A report older than STALE_AFTER_S reads as absent.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any
 
+from cluster.decision import Decision, DecisionLog
+from cluster.target_planner import TargetPlanner, TargetSettings, step_time_of
 from memory_agent.reports import DeviceReport, EngineReport, PressureLevel
-from replicas.targets import ReplicaTarget
+from replicas.step_time import StepTime
 
 STALE_AFTER_S = 3.0
 FORGET_AFTER_S = 60.0
@@ -20,21 +23,14 @@ FORGET_AFTER_S = 60.0
 _FORGET_EVERY_S = 1.0
 _RATIO_CEILING = 99.0
 
+logger = logging.getLogger(__name__)
+
 
 def _numbers_of(report: type[DeviceReport] | type[EngineReport]) -> Callable[[Any], tuple[float, ...]]:
     return attrgetter(*(field.name for field in fields(report) if field.type in (int, float)))
 
 
 _DEVICE_NUMBERS, _ENGINE_NUMBERS = _numbers_of(DeviceReport), _numbers_of(EngineReport)
-
-
-class TargetBounds(Protocol):
-    """The part of the cluster's settings that bounds each replica's own loop; 0 leaves the engine's own setting."""
-
-    @property
-    def token_budget_max(self) -> int: ...
-    @property
-    def active_max(self) -> int: ...
 
 
 class ReportOutcome(StrEnum):
@@ -54,7 +50,11 @@ class EnginePressure:
     Attributes:
         kv_usage: used share of the capacity inside the lease, 0 to 1; demand_ratio: demanded bytes over the limit.
         age_s: age of the report when this view was made.
-        kv_tokens: tokens that fit inside the lease.
+        kv_tokens: tokens that fit inside the lease; kv_used_tokens: of the requests that run.
+        max_num_seqs: requests that it is to get at once: within its own settings and its target, fewer where it is late
+            and another one has room; max_num_batched_tokens: its own setting. 0 before it has told them.
+        step_time: of its steps, as the engine has learned it; None until then.
+        prompt_tokens: of a prompt, mean of the recent ones, 0 before the first.
     """
 
     level: PressureLevel
@@ -64,9 +64,14 @@ class EnginePressure:
     waiting: int
     age_s: float
     kv_tokens: int = 0
+    kv_used_tokens: int = 0
+    max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0
+    step_time: StepTime | None = None
+    prompt_tokens: float = 0.0
 
 
-_WITHOUT_AGE: Callable[[EnginePressure], tuple[float, ...]] = attrgetter(
+_WITHOUT_AGE: Callable[[EnginePressure], tuple[Any, ...]] = attrgetter(
     *(field.name for field in fields(EnginePressure) if field.name != "age_s")
 )
 
@@ -86,16 +91,20 @@ class _Received:
 
 
 class ClusterView:
-    """State of the controller. ``now_s`` is monotonic seconds of one clock; epoch_ms: wall clock at its start."""
+    """State of the controller. ``now_s`` is monotonic seconds of one clock; epoch_ms: wall clock at its start.
 
-    def __init__(self, bounds: TargetBounds, epoch_ms: int) -> None:
-        self._bounds = bounds
+    Attributes:
+        targets: of all engines; decisions: about them, and what else the controller is told of.
+    """
+
+    def __init__(self, settings: TargetSettings, epoch_ms: int) -> None:
+        self.targets = TargetPlanner(settings, epoch_ms)
+        self.decisions = DecisionLog()
         self._devices: dict[tuple[str, str], _Received] = {}
-        self._targets: dict[str, ReplicaTarget] = {}
         self._outcomes = dict.fromkeys(ReportOutcome, 0)
         # A wall clock as the first revision: no view of a former life can be mistaken for one of this life.
         self._revision = epoch_ms
-        self._shown: dict[str, tuple[float, ...]] = {}
+        self._shown: dict[str, tuple[Any, ...]] = {}
         self._forget_at_s = -math.inf
 
     def receive(self, report: DeviceReport, now_s: float) -> ReportOutcome:
@@ -110,12 +119,14 @@ class ClusterView:
             if now_s >= self._forget_at_s:
                 self._forget(now_s)
             for engine in report.engines:
-                self._plan(engine)
+                if (decision := self.targets.plan(engine, now_s)) is not None:
+                    self.decide(decision, now_s)
         return outcome
 
-    def target_for(self, engine_id: str) -> ReplicaTarget | None:
-        """The engine's target; None while no report has named it."""
-        return self._targets.get(engine_id)
+    def decide(self, decision: Decision, now_s: float) -> None:
+        """Keep a decision, and log it."""
+        self.decisions.add(decision, now_s)
+        logger.info("%s", decision.line)
 
     def pressure_view(self, now_s: float) -> PressureView:
         """The engines with fresh reports. The revision grows when the numbers differ from those of the view before."""
@@ -128,6 +139,11 @@ class ClusterView:
                 waiting=engine.waiting,
                 age_s=now_s - received.at_s,
                 kv_tokens=engine.reachable_blocks * engine.block_tokens,
+                kv_used_tokens=engine.kv_tokens,
+                max_num_seqs=self.targets.requests_for(engine),
+                max_num_batched_tokens=engine.max_num_batched_tokens,
+                step_time=step_time_of(engine),
+                prompt_tokens=engine.prompt_tokens,
             )
             for received in self._fresh(now_s)
             for engine in received.report.engines
@@ -154,7 +170,10 @@ class ClusterView:
             "nodes": [{"node": node, "devices": devices} for node, devices in nodes.items()],
             "absent_devices": absent,
             "reports": {str(outcome): count for outcome, count in self._outcomes.items()},
-            "bounds": {"token_budget_max": self._bounds.token_budget_max, "active_max": self._bounds.active_max},
+            "bounds": {
+                "token_budget_max": self.targets.settings.token_budget_max,
+                "active_max": self.targets.settings.active_max,
+            },
         }
 
     def _judge(self, report: DeviceReport, now_s: float) -> ReportOutcome:
@@ -166,17 +185,6 @@ class ClusterView:
         if known is not None and fresh and _order(report) <= _order(known.report):
             return ReportOutcome.STALE
         return ReportOutcome.APPLIED
-
-    def _plan(self, engine: EngineReport) -> None:
-        """One target a replica, from the settings. A replica that reports a newer revision than ours got it from a
-        former life of the controller: ours must go beyond it to be taken."""
-        known = self._targets.get(engine.engine_id)
-        if known is None or engine.target_revision > known.revision:
-            self._targets[engine.engine_id] = ReplicaTarget(
-                revision=engine.target_revision + 1,
-                token_budget_max=self._bounds.token_budget_max,
-                active_max=self._bounds.active_max,
-            )
 
     def _forget(self, now_s: float) -> None:
         """Drop devices long gone, and their engines' targets. It looks at all devices, so not with every report."""
@@ -190,7 +198,7 @@ class ClusterView:
         """Drop the targets of a device's former engines; an engine stays on its device."""
         for engine in report.engines:
             if engine.engine_id not in kept:
-                self._targets.pop(engine.engine_id, None)
+                self.targets.forget(engine)
 
     def _fresh(self, now_s: float) -> Iterator[_Received]:
         for _, received in sorted(self._devices.items()):
@@ -206,7 +214,8 @@ class ClusterView:
         taken = max(held, used) + activations + starts + report.weights_over_bytes
         replicas: list[dict[str, Any]] = list(report.to_json()["engines"])
         for replica in replicas:
-            replica["target"] = _target_json(self._targets.get(replica["engine_id"]))
+            target = self.targets.target_for(replica["engine_id"])
+            replica["target"] = asdict(target) if target is not None else None
         return {
             "device": report.device,
             "agent_pid": report.agent_pid,
@@ -237,9 +246,3 @@ def _numbers(report: DeviceReport) -> Iterator[float]:
     yield from _DEVICE_NUMBERS(report)
     for engine in report.engines:
         yield from _ENGINE_NUMBERS(engine)
-
-
-def _target_json(target: ReplicaTarget | None) -> dict[str, int] | None:
-    if target is None:
-        return None
-    return asdict(target)

@@ -6,7 +6,7 @@
     +-- http: HttpConfig              where the OpenAI API listens
     +-- slo: list[SloClass]           latency targets
     +-- admission: AdmissionConfig    who waits in front of the replicas, who is refused
-    +-- controller: ControllerConfig  bounds that the controller sets for every replica
+    +-- controller: ControllerConfig  what the controller sets for every replica
 
 The docstring under a field is its documentation: ``ellm config example`` prints it. Names follow vLLM and Ray Serve
 where they have one. Values are strict: text is not taken for a number. "auto" and null are both None here: the sizes
@@ -206,8 +206,12 @@ class AdmissionConfig(_Section):
 
 
 class ControllerConfig(_Section):
-    """Bounds that the controller sets for every replica."""
+    """What the controller sets for every replica."""
 
+    batch_sizing: bool = True
+    """true: it bounds the tokens of a step and the requests at once so that the tightest TPOT target holds, of the
+    requests that run or else of the classes; and gives a replica that is late fewer requests where another one has
+    room. false: the two bounds below are all."""
     token_budget_max: int = Field(default=0, ge=0)
     """Most tokens a step of a replica may schedule; 0 leaves max_num_batched_tokens."""
     active_max: int = Field(default=0, ge=0)
@@ -229,7 +233,7 @@ class ClusterConfig(_Section):
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
     """Who waits in front of the replicas, and who is refused."""
     controller: ControllerConfig = Field(default_factory=ControllerConfig)
-    """Bounds for every replica."""
+    """Targets of every replica."""
 
     @model_validator(mode="after")
     def _distinct_names(self) -> Self:

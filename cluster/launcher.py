@@ -198,11 +198,12 @@ class LocalCluster:
 
         from cluster.controller import ensure_controller
         from cluster.model_registry import RegistrySpec, ensure_registry
+        from cluster.target_planner import TargetSettings
         from memory_agent.agent import AgentSpec, ensure_agent
 
         models = _initial_models(self.config, sizing)
         registry = ensure_registry(RegistrySpec(footprint.cluster_id, self.device.name, self.config), models)
-        waiting = [ensure_controller(self.config.controller).snapshot.remote()]
+        waiting = [ensure_controller(TargetSettings.of(self.config)).snapshot.remote()]
         if sizing.budget_bytes:
             agent_spec = AgentSpec(footprint.cluster_id, self.device.name, sizing.budget_bytes, sizing.weights_bytes)
             waiting.append(ensure_agent(agent_spec).describe.remote())

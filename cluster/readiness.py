@@ -36,16 +36,28 @@ def answer_once(url: str, model: str) -> str:
 
 def read_status(url: str) -> dict[str, Any]:
     """The snapshot at ``url``/ellm/status. Raises NoAnswer."""
+    snapshot: dict[str, Any] = _read(url, "/ellm/status", {}, dict)
+    return snapshot
+
+
+def read_decisions(url: str, count: int, subject: str) -> list[dict[str, Any]]:
+    """The controller's last decisions at ``url``/ellm/decisions, the newest first. Raises NoAnswer."""
+    decisions: list[dict[str, Any]] = _read(url, "/ellm/decisions", {"last": str(count), "subject": subject}, list)
+    return decisions
+
+
+def _read(url: str, path: str, params: dict[str, str], shape: type) -> Any:
+    """The JSON at that path, which is to be of that shape."""
     try:
-        answer = httpx.get(f"{url.rstrip('/')}/ellm/status", timeout=_STATUS_TIMEOUT_S, trust_env=False)
+        answer = httpx.get(f"{url.rstrip('/')}{path}", params=params, timeout=_STATUS_TIMEOUT_S, trust_env=False)
     except httpx.HTTPError as error:
         raise no_cluster(url, error) from error
     try:
-        snapshot = answer.json()
+        value = answer.json()
     except ValueError:
-        snapshot = None
-    if answer.status_code != 200 or not isinstance(snapshot, dict):
+        value = None
+    if answer.status_code != 200 or not isinstance(value, shape):
         raise NoAnswer(
             f"{url} answers, but not as an ellm cluster (status {answer.status_code}); is another server on that port?"
         )
-    return snapshot
+    return value

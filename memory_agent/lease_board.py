@@ -1,11 +1,11 @@
 """The lease board: one shared-memory table per device, through which agent and engines talk without any RPC.
 
-    file   | header 4 KiB | row 0 | row 1 | ... | row N-1 |      each row 1 KiB
+    file   | header 4 KiB | row 0 | row 1 | ... | row N-1 |      each row 2 KiB
     row    | text: engine id, model | agent's words | replica's words | engine's words |
 
 Every word is an aligned unsigned 64-bit integer with exactly one writing process, stored and loaded with one machine
-instruction, so a reader sees the old or the new value, never a mixture. The lease is one word, because limit and
-revision must be read together:
+instruction, so a reader sees the old or the new value, never a mixture. Words that hold a float have a C double's 64
+bits. The lease is one word, because limit and revision must be read together:
 
     63            32 31             0
     |  revision     |  limit / 64 KiB |
@@ -16,6 +16,7 @@ the engines' process ids. Only the start-up code that owns the cluster unlinks i
 
 import mmap
 import os
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,18 +26,20 @@ from pathlib import Path
 from memory_agent.errors import BoardError
 
 MAGIC = 0x454C4C4D_424F4152  # "ELLMBOAR"
-VERSION = 5
+VERSION = 6
 LIMIT_UNIT_BYTES = 64 * 1024
 MAX_ROWS = 32
 MAX_WORKERS = 8
 NO_FD = (1 << 64) - 1
 """In place of a file descriptor: no file backs the memory. That of a GPU is the driver's."""
 _HEADER_BYTES = 4096
-_ROW_BYTES = 1024
+_ROW_BYTES = 2048
 _TEXT_BYTES = 256
+WORDS_OF_A_ROW = (_ROW_BYTES - _TEXT_BYTES) // 8
 MAX_NAME_BYTES = _TEXT_BYTES // 2 - 1
 """Longest engine id or model name, in UTF-8; longer ones are cut."""
 _REVISION_MASK = (1 << 32) - 1
+_UNSIGNED, _DOUBLE = struct.Struct("=Q"), struct.Struct("=d")
 
 
 class RowState(IntEnum):
@@ -162,6 +165,31 @@ class EngineWord(IntEnum):
     """Most KV memory of requests that may be set aside, over all workers, so that prompts are computed early."""
     SET_ASIDE = 95
     """Since the start: requests that were set aside for a prompt."""
+    MAX_NUM_SEQS = 96
+    """Of the engine's own settings, as MAX_NUM_BATCHED_TOKENS: no target lets it go beyond them."""
+    MAX_NUM_BATCHED_TOKENS = 97
+    KV_TOKENS = 98
+    """Tokens that running requests have computed or loaded, over all of them."""
+    STEP_S = 99
+    """A float, as all words from here on. This one and the next four are the parts of a step's time as learned from the
+    engine's steps, all 0 until there are enough; each is of the newest fit or of the one before."""
+    ROW_S = 100
+    KV_TOKEN_S = 101
+    TOKEN_S = 102
+    PAIR_S = 103
+    TPOT_S = 104
+    """Time per token after the first that one answer in ten exceeds, of those that run and that ended lately; 0 where
+    there are none."""
+    TPOT_TARGET_S = 105
+    """The tightest objective for it that a request here has; 0 where none has one."""
+    TTFT_SHARE = 106
+    """Of its objective for the first token, what a request that waits for it has used: the most of all; 0 for none."""
+    PROMPT_TOKENS = 107
+    """Of a prompt, mean of the recent ones; 0 before the first."""
+    PROMPT_OF_TOKEN = 108
+    """Tokens of the prompt that a prompt's token is in, mean over their tokens: long ones weigh more."""
+    PROMPT_RATE = 109
+    """Tokens of prompts that were computed a second, over about the last half minute."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +232,15 @@ class Row:
         """Store ``value`` (0 to 2**64 - 1), one store."""
         self._board.words[self._words_at + word] = value
 
+    def get_float(self, word: int) -> float:
+        """The value of a word that holds a float, one load."""
+        value: float = _DOUBLE.unpack(_UNSIGNED.pack(self.get(word)))[0]
+        return value
+
+    def set_float(self, word: int, value: float) -> None:
+        """Store a float, one store."""
+        self.set(word, _UNSIGNED.unpack(_DOUBLE.pack(value))[0])
+
     @property
     def lease(self) -> Lease:
         return Lease.unpack(self.get(AgentWord.LEASE))
@@ -233,7 +270,7 @@ class Row:
         registration clears again, and never a row in use that has lost its lease.
         """
         self.set(AgentWord.STATE, RowState.FREE)
-        for word in range((_ROW_BYTES - _TEXT_BYTES) // 8):
+        for word in range(WORDS_OF_A_ROW):
             self.set(word, 0)
         self.name("", "")
 

@@ -42,6 +42,16 @@ class EngineReport:
         pressure: of this engine: its used and demanded bytes against what it can reach.
         reachable_blocks: KV blocks inside the current lease; blocks_ceiling: KV blocks of the virtual tensor.
         kv_usage: used share of the reachable capacity, 0 to 1.
+        target_revision, token_budget_max, active_max: of the controller's target that the replica has; 0 for none.
+        max_num_seqs, max_num_batched_tokens: the engine's own settings, which no target lets it go beyond.
+        kv_tokens: that running requests have computed or loaded, over all of them.
+        step_s, row_s, kv_token_s, token_s, pair_s: parts of a step's time, seconds, as ``replicas.step_time`` names
+            them; all 0 until the engine has learned them.
+        tpot_s: time per token after the first that one answer in ten exceeds, lately; tpot_target_s: the tightest
+            objective for it that a request of the engine has. 0 where there is none.
+        ttft_share: of its objective for the first token, what a request that waits for it has used, the most of all.
+        prompt_tokens: of a prompt, mean of the recent ones; prompt_of_token: of the prompt that a prompt's token is in,
+            mean over their tokens; prompt_rate: of their tokens computed a second, over about the last half minute.
     """
 
     engine_id: str
@@ -89,6 +99,22 @@ class EngineReport:
     block_tokens: int
     kv_usage: float
     target_revision: int
+    token_budget_max: int
+    active_max: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_tokens: int
+    step_s: float
+    row_s: float
+    kv_token_s: float
+    token_s: float
+    pair_s: float
+    tpot_s: float
+    tpot_target_s: float
+    ttft_share: float
+    prompt_tokens: float
+    prompt_of_token: float
+    prompt_rate: float
     pressure: PressureLevel
 
     @property

@@ -27,7 +27,7 @@ from memory_agent.extents import ExtentMap, KvGeometry
 from memory_agent.heap import trim_heap
 from memory_agent.host_segment import HostSegment, host_segment_path
 from memory_agent.kv_fingerprint import KvFingerprint
-from memory_agent.lease_board import NO_FD
+from memory_agent.lease_board import NO_FD, EngineWord
 from replicas.activation_ledger import ActivationSample
 from replicas.activation_meter import ActivationMeter
 from replicas.cuda_meter import CudaMeter
@@ -184,6 +184,9 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
                 self.prefill = ElasticPrefill(objectives, max(1, longest), self._host_slots)
         on_evict = self.host.tier.evict if self.host is not None else None
         self._kv = ElasticKv(self.settings, self.geometry, self.groups, pool, handshakes, on_evict)
+        limits = self._vllm_config.scheduler_config
+        self._kv.row.set(EngineWord.MAX_NUM_SEQS, limits.max_num_seqs)
+        self._kv.row.set(EngineWord.MAX_NUM_BATCHED_TOKENS, limits.max_num_batched_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         moves = self.kv.take_moves(

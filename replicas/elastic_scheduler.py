@@ -1,6 +1,6 @@
 """vLLM's schedulers with a lease: each step they ask what fits. Chosen by ``scheduler_cls``."""
 
-import time
+import math
 from itertools import islice
 from typing import Any
 
@@ -15,9 +15,11 @@ from vllm.v1.request import Request, RequestStatus
 from memory_agent.lease_board import EngineWord, ReplicaWord
 from replicas.elastic_connector import ElasticKVConnector
 from replicas.elastic_kv import ElasticKv
-from replicas.elastic_prefill import Claim, ElasticPrefill, Line
+from replicas.elastic_prefill import Claim, ElasticPrefill, Line, Objectives
 from replicas.kv_geometry import check_guarantee
 from replicas.kv_plan import blocks_ahead
+from replicas.measured_scheduler import MeasuredScheduler
+from replicas.prompt_share import LEAST_PROMPT_TOKENS, fair_share
 from replicas.step_demand import StepDemand
 from replicas.vllm_adapter import PreemptionNotice, check_scheduler, preempt, preempt_last, restart, returning_blocks
 from replicas.warm_up import is_warm_up
@@ -26,7 +28,7 @@ _MOST_RESERVE_BLOCKS = 16
 """Bound on the blocks kept mapped beyond what the queues ask for."""
 
 
-class _Elastic(PreemptionNotice):
+class _Elastic(MeasuredScheduler, PreemptionNotice):
     """What both schedulers add. Only the bounds of a step change; which request runs is decided by vLLM."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -44,6 +46,9 @@ class _Elastic(PreemptionNotice):
         )
         self._own_token_budget = self._token_bound = self.max_num_scheduled_tokens
         self._own_active = self.max_num_active_reqs
+        self._own_prompt_share = self.scheduler_config.long_prefill_token_threshold
+        settings = self.connector.settings
+        self.objectives = Objectives(settings.ttft_slo_s or math.inf, settings.tpot_slo_s or math.inf)
         self._preemptions = 0
         self._target_revision = 0
 
@@ -63,12 +68,14 @@ class _Elastic(PreemptionNotice):
         kv.begin_step(demand, self._preempt)
         if self._elastic_connector.host is not None:
             self._elastic_connector.host.tier.watch(demand.blocks_wanted)
-        self.max_num_scheduled_tokens = kv.token_budget
+        self.max_num_scheduled_tokens = min(kv.token_budget, self._step_bound)
+        self.scheduler_config.long_prefill_token_threshold = self._most_of_a_prompt(demand)
         # A request that is admitted now must not take the blocks that running ones need in the next steps: one that
         # finds none holds up all that are scheduled after it.
         self.kv_cache_manager.watermark_blocks = ahead
         output = super().schedule(throttle_prefills)
         self._preemptions += len(output.preempted_req_ids or ())
+        self.pace.publish(kv.row, sum(request.num_computed_tokens for request in self.running), self.now_s())
         return output
 
     def update_from_output(
@@ -94,18 +101,29 @@ class _Elastic(PreemptionNotice):
         with self._kv.parking.all_in_pool():
             return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
-    def now_s(self) -> float:
-        """The clock of the objectives, monotonic seconds."""
-        return time.monotonic()
-
     @property
     def _kv(self) -> ElasticKv:
         return self._elastic_connector.kv
 
     @property
     def _least_tokens(self) -> int:
-        """A budget below the running decodes would starve the same requests for ever."""
+        """What the lease always has activations for: a token of each request that can run."""
         return min(self.max_num_running_reqs, self._own_token_budget)
+
+    @property
+    def _step_bound(self) -> int:
+        """Tokens of the target. A budget below the running decodes would starve the same requests for ever."""
+        return min(max(self._token_bound, len(self.running) + LEAST_PROMPT_TOKENS), self._own_token_budget)
+
+    def _most_of_a_prompt(self, demand: StepDemand) -> int:
+        """Tokens of the step that one prompt may take: its fair share where a target makes steps short. 0 for any."""
+        if self._token_bound >= self._own_token_budget:
+            return self._own_prompt_share
+        needs = [need for r in self.running if (need := r.num_tokens - r.num_computed_tokens) > 1]
+        if self._kv.free_blocks >= demand.blocks_first:
+            places = max(0, self.max_num_active_reqs - len(self.running))
+            needs += [request.num_tokens for request in islice(self.waiting, places)]
+        return fair_share(needs, self.max_num_scheduled_tokens - len(self.running))
 
     def _running_blocks_ahead(self) -> int:
         """Blocks that the running requests need to finish their prefill, or soon for their next tokens."""
@@ -200,9 +218,7 @@ class _Elastic(PreemptionNotice):
         if revision == self._target_revision:
             return
         tokens, active = kv.row.get(ReplicaWord.TOKEN_BUDGET_MAX), kv.row.get(ReplicaWord.ACTIVE_MAX)
-        self._token_bound = (
-            min(max(tokens, self._least_tokens), self._own_token_budget) if tokens else (self._own_token_budget)
-        )
+        self._token_bound = min(tokens, self._own_token_budget) if tokens else self._own_token_budget
         self.max_num_active_reqs = min(active, self._own_active) if active else self._own_active
         self._target_revision = revision
         kv.row.set(EngineWord.TARGET_REVISION_APPLIED, revision)

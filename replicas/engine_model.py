@@ -19,10 +19,12 @@ a request comes, which ends the run after the step under way.
 import math
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 from replicas.decode_batch import DecodeBatch, EngineRequest
 from replicas.engine_profile import EngineProfile
 from replicas.prefix_cache import PrefixCache
+from replicas.prompt_share import LEAST_PROMPT_TOKENS, fair_share
 from replicas.step_time import StepWork, prompt_pairs
 from replicas.targets import ReplicaTarget
 
@@ -109,9 +111,7 @@ class EngineModel:
         """Bounds from the next step on; as in the engine, never below what is running."""
         own = self.profile
         tokens, active = target.token_budget_max, target.active_max
-        self._token_budget = (
-            min(max(tokens, own.max_num_seqs), own.max_num_batched_tokens) if tokens else own.max_num_batched_tokens
-        )
+        self._token_budget = min(tokens, own.max_num_batched_tokens) if tokens else own.max_num_batched_tokens
         self._active = min(active, own.max_num_seqs) if active else own.max_num_seqs
         self._blocked = False
 
@@ -249,11 +249,13 @@ class EngineModel:
 
     def _prompts(self, admits: bool) -> tuple[list[tuple[EngineRequest, int]], int, float]:
         """Chunks of the next step, their tokens and pairs. Admits waiting requests if it may."""
-        budget = self._token_budget - self._batch.rows
+        rows = self._batch.rows
+        budget = min(max(self._token_budget, rows + LEAST_PROMPT_TOKENS), self.profile.max_num_batched_tokens) - rows
+        most = self._most_of_a_prompt(budget) if admits or self._prefilling else budget
         chunks: list[tuple[EngineRequest, int]] = []
         total, pairs = 0, 0.0
         for request in self._prefilling.values():
-            tokens = min(request.known_tokens - request.computed, self._beside(budget, total))
+            tokens = min(request.known_tokens - request.computed, most, self._beside(budget, total))
             if tokens <= 0:
                 break
             chunks.append((request, tokens))
@@ -265,7 +267,7 @@ class EngineModel:
                 self._blocked = True
                 break
             self._waiting.popleft()
-            tokens = min(request.known_tokens - request.computed, self._beside(budget, total))
+            tokens = min(request.known_tokens - request.computed, most, self._beside(budget, total))
             if tokens > 0:
                 chunks.append((request, tokens))
                 pairs += prompt_pairs(request.computed, tokens)
@@ -273,6 +275,15 @@ class EngineModel:
         if chunks:
             self._free(0, total + self._batch.rows)
         return chunks, total, pairs
+
+    def _most_of_a_prompt(self, budget: int) -> int:
+        """Tokens that one prompt may take of a step: all of ``budget``, or its fair share where a target makes steps
+        short."""
+        if self._token_budget >= self.profile.max_num_batched_tokens:
+            return budget
+        places = 0 if self._blocked else self._active - len(self._running)
+        coming = islice(self._waiting, max(0, places))
+        return fair_share((one.known_tokens - one.computed for one in (*self._prefilling.values(), *coming)), budget)
 
     def _beside(self, budget: int, taken: int) -> int:
         """Tokens that the step may still compute: what the budget and, elastic, the activations' room leave."""

@@ -14,6 +14,9 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 Frames = list[bytes]
+TTFT_TARGET_ARG, TPOT_TARGET_ARG = "slo_ttft_ms", "slo_tpot_ms"
+"""In ``SamplingParams.extra_args`` of a request: its own objectives for the first token and for the time per token
+after it, in milliseconds. Without them it has those of the first class."""
 
 
 class HopCodec:

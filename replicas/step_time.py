@@ -12,7 +12,7 @@ that is just unusual (Huber, Robust Statistics, 1981).
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,11 @@ class StepTime:
     token_s: float = 0.0
     pair_s: float = 0.0
 
+    @property
+    def parts(self) -> tuple[float, float, float, float, float]:
+        """In the order of StepWork's features."""
+        return self.step_s, self.row_s, self.kv_token_s, self.token_s, self.pair_s
+
     def seconds(self, work: StepWork) -> float:
         """Of one step."""
         return (
@@ -100,14 +105,17 @@ class StepTimeModel:
 
     Args:
         prior: what is assumed until steps show otherwise.
+        solve_every: steps from one solution to the next, which costs several times as much as taking in a step; the
+            first ones are solved at once.
     """
 
-    def __init__(self, prior: StepTime) -> None:
-        self._prior = np.array(astuple(prior))
+    def __init__(self, prior: StepTime, solve_every: int = 1) -> None:
+        self._prior = np.array(prior.parts)
         self._gram = np.zeros((len(self._prior), len(self._prior)))
         self._moment = np.zeros(len(self._prior))
         self._scale_s = 0.0
         self._fit = prior
+        self._solve_every = solve_every
         self.observed = 0
 
     @property
@@ -129,7 +137,8 @@ class StepTimeModel:
         self._scale_s = _SCALE_MEMORY * self._scale_s + (1 - _SCALE_MEMORY) * min(
             residual, 10 * self._bound_s(residual)
         )
-        self._fit = StepTime(*(float(part) for part in self._solved()))
+        if self.observed <= _STEPS_BEFORE_DOUBT or self.observed % self._solve_every == 0:
+            self._fit = StepTime(*(float(part) for part in self._solved()))
 
     def _bound_s(self, residual: float) -> float:
         return _UNUSUAL * self._scale_s if self._scale_s > 0 else residual

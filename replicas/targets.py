@@ -8,7 +8,7 @@ class ReplicaTarget:
     """Bounds for one replica. A newer revision replaces an older one; the same one again changes nothing.
 
     Attributes:
-        revision: grows with every change, also across restarts of the controller.
+        revision: grows with every change, and from one life of the controller to the next.
         token_budget_max: most tokens a step may schedule; 0 leaves the engine's own setting.
         active_max: most requests that may run at once; 0 leaves the engine's own setting.
     """

@@ -1,7 +1,7 @@
 """`python -m benchmarks.simulator [--part NAME ...]`: results/simulator.json, pictures, and a last line of JSON.
 
 seconds       processor time of 1,000 replicas and 100,000 requests
-plan_ms_1000  a planning round for 1,000 replicas: routing view, targets, scaling; median
+plan_ms_1000  a planning round for 1,000 replicas: routing view and scaling; median. Targets are planned as reports come
 ttft_error    simulated against measured medians on this machine, the worst of the runs that were not used for fitting
 tpot_error    likewise
 

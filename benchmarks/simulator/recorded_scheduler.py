@@ -11,7 +11,8 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from replicas.elastic_scheduler import ElasticScheduler
-from replicas.step_time import StepWork, prompt_pairs
+from replicas.measured_scheduler import step_work
+from replicas.step_time import StepWork
 
 _KEY = "step_records"
 _FORMAT = struct.Struct("<ddqdqd")
@@ -62,7 +63,7 @@ class RecordedScheduler(ElasticScheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self._began_s = time.monotonic()
         output = super().schedule(throttle_prefills)
-        self._work = self._work_of(output)
+        self._work = step_work(output, self.requests)
         return output
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
@@ -72,16 +73,3 @@ class RecordedScheduler(ElasticScheduler):
             record = (self._began_s, time.monotonic(), work.rows, work.kv_tokens, work.tokens, work.pairs)
             self._file.write(_FORMAT.pack(*record))
         return outputs
-
-    def _work_of(self, output: SchedulerOutput) -> StepWork:
-        rows, kv_tokens, tokens, pairs = 0, 0, 0, 0.0
-        for request_id, count in output.num_scheduled_tokens.items():
-            request = self.requests[request_id]
-            before = request.num_computed_tokens - count  # vLLM has counted the step's tokens already
-            if count == 1 and before >= request.num_prompt_tokens:
-                rows += 1
-                kv_tokens += before
-            else:
-                tokens += count
-                pairs += prompt_pairs(before, count)
-        return StepWork(rows, kv_tokens, tokens, pairs)

@@ -5,7 +5,7 @@ events are split and decoded here, one line each, into typed structs that hold o
 """
 
 import resource
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -43,7 +43,7 @@ class ServerOptions:
         model: None takes the first that /v1/models names.
         chat: /v1/chat/completions instead of /v1/completions.
         ignore_eos: generate all tokens asked for; vLLM's extension.
-        extra_body: added to every request, over what is there.
+        extra_body: added to every request, over what is there; headers: likewise.
         timeout_s: longest a request may take, from sending to its last token.
         vocab_size: prompts are checked to be taken up to this id.
     """
@@ -54,6 +54,7 @@ class ServerOptions:
     chat: bool = False
     ignore_eos: bool = True
     extra_body: dict[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float = 3600.0
     vocab_size: int = DEFAULT_VOCAB_SIZE
 
@@ -100,7 +101,7 @@ class OpenAITarget:
         """Raises TargetError."""
         _allow_many_files()
         options = self._options
-        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
+        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json", **options.headers}
         if options.api_key:
             headers["Authorization"] = f"Bearer {options.api_key}"
         self._session = aiohttp.ClientSession(

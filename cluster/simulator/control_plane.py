@@ -3,22 +3,22 @@
 import math
 from collections.abc import Sequence
 
-from cluster.batch_sizing import BatchBounds, BatchObservation, BatchSizing
 from cluster.cluster_view import ClusterView
-from cluster.config import ControllerConfig
 from cluster.prediction import Predictor
 from cluster.scaling import Demand, ScalingSettings, ScalingState, decide_scale
 from cluster.simulator.scenario import Scenario
 from cluster.simulator.sim_replica import SimReplica
 from cluster.simulator.sim_router import SimRouter
+from cluster.target_planner import TargetSettings
+from replicas.engine_pace import ENOUGH_STEPS
 from replicas.step_time import StepTime, StepTimeModel
 
 _LEARNERS = 8
 """Engines whose steps teach the step-time model, at each report."""
+_UNKNOWN = StepTime(0.0)
+"""What engines report of their steps until they have seen some."""
 PLAN_EVERY_S = 5.0
-"""Seconds from one decision on the number of replicas to the next; targets are looked at more often."""
-_SIZE_EVERY_S = 1.0
-_TPOT_MEMORY = 0.9
+"""Seconds from one decision on the number of replicas to the next; targets are planned as reports come."""
 
 
 class ControlPlane:
@@ -34,14 +34,12 @@ class ControlPlane:
         self.rounds = 0
         self.wanted = scenario.replicas
         self._scenario, self._replicas, self._routers = scenario, replicas, routers
-        self._view = ClusterView(ControllerConfig(), epoch_ms=0)
+        self._tightest_s = min(one.tpot_ms for one in scenario.classes) / 1000
+        settings = TargetSettings(batch_sizing=scenario.batch_sizing, tpot_s=self._tightest_s)
+        self._view = ClusterView(settings, epoch_ms=0)
         # What is assumed first is wrong on purpose: it is learned from the steps that the engines report.
         known = profile.step_time
         self._steps = StepTimeModel(StepTime(2 * known.step_s, token_s=2 * known.token_s))
-        self._tightest_s = min(one.tpot_ms for one in scenario.classes) / 1000
-        self._sizing = [BatchSizing() for _ in replicas]
-        self._tpot_s = [math.nan for _ in replicas]
-        self._bounds = BatchBounds(profile.max_num_seqs, profile.max_num_batched_tokens)
         self._scaling = ScalingState()
         self._scaled = ScalingSettings(
             least=1,
@@ -51,7 +49,7 @@ class ControlPlane:
             start_s=scenario.start_s,
         )
         self._prompt_tokens = self._requests = 0
-        self._sized_s = self._scaled_s = 0.0
+        self._scaled_s = 0.0
         for row in range(scenario.replicas, len(replicas)):
             replicas[row].up = False
             self._close(row, True)
@@ -69,16 +67,15 @@ class ControlPlane:
         self._prompt_tokens += prompt_tokens
         self._requests += 1
 
-    def answered(self, row: int, tpot_s: float) -> None:
-        """A request of that replica is done."""
-        known = self._tpot_s[row]
-        self._tpot_s[row] = tpot_s if math.isnan(known) else _TPOT_MEMORY * known + (1 - _TPOT_MEMORY) * tpot_s
-
     def report(self, now_s: float) -> None:
-        """Every agent that can reports. Some engines' steps, in turn, teach the step-time model."""
+        """Every agent that can reports, and replicas fetch what was planned from it. Some engines' steps, in turn,
+        teach the step-time model that all report."""
+        known = self._steps.step_time if self._steps.observed >= ENOUGH_STEPS else _UNKNOWN
         for replica in self._replicas:
             if replica.reporting and replica.reachable:
-                self._view.receive(replica.report(now_s), now_s)
+                self._view.receive(replica.report(now_s, known), now_s)
+                if (target := self._view.targets.target_for(replica.name)) is not None:
+                    replica.apply(target)
         count = len(self._replicas)
         first = self.rounds * _LEARNERS % count
         self.rounds += 1
@@ -89,15 +86,12 @@ class ControlPlane:
                 self._steps.observe(*step)
 
     def plan(self, now_s: float, door_tokens: int) -> list[int]:
-        """A planning round: the routers' view, targets, and how many replicas. ``door_tokens`` wait in front of all.
+        """A planning round: the routers' view, and how many replicas. ``door_tokens`` wait in front of all.
         Returns
         the rows of replicas that are to be started."""
         view = self._view.pressure_view(now_s)
         for router in self._routers:
             router.fleet.take(view.engines, now_s)
-        if self._scenario.batch_sizing and now_s - self._sized_s >= _SIZE_EVERY_S:
-            self._sized_s = now_s
-            self._size()
         if self._scenario.scaling and now_s - self._scaled_s >= PLAN_EVERY_S:
             starting = self._scale(now_s, now_s - self._scaled_s, door_tokens)
             self._scaled_s = now_s
@@ -110,25 +104,6 @@ class ControlPlane:
             return
         self._replicas[row].restart()
         self._close(row, False)
-
-    def _size(self) -> None:
-        """New targets for all replicas."""
-        fleet, traffic = self._routers[0].fleet, self._routers[0].traffic
-        step_time = self._steps.step_time
-        for row, replica in enumerate(self._replicas):
-            if not replica.up:
-                continue
-            seen = BatchObservation(
-                running=int(fleet.running[row]),
-                kv_tokens=float(fleet.kv_used[row]),
-                tpot_s=self._tpot_s[row],
-                tpot_target_s=self._tightest_s,
-                prompt_tokens=traffic.prompt_tokens,
-            )
-            sizing = self._sizing[row].next(seen, step_time, self._bounds)
-            if sizing.target is not self._sizing[row].target and replica.reachable:
-                replica.apply(sizing.target)
-            self._sizing[row] = sizing
 
     def _scale(self, now_s: float, seconds: float, door_tokens: int) -> list[int]:
         """Close replicas that are too many; rows of those to be started."""

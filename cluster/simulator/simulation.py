@@ -36,6 +36,7 @@ from cluster.simulator.sim_replica import SimReplica
 from cluster.simulator.sim_router import SimRouter
 from cluster.slo import Ending, Outcome, SloAccount, class_targets
 from replicas.decode_batch import EngineRequest
+from replicas.elastic_prefill import Objectives
 
 _NO_REPLICA = -1
 _ROOM_SHARE = 0.25
@@ -246,11 +247,12 @@ class Simulation:
             self._submit(request, row, now_s)
 
     def _submit(self, request: _Request, row: int, now_s: float) -> None:
-        arrival, engine = request.arrival, self.replicas[row].engine
+        arrival, slo = request.arrival, request.slo
         request.engine = EngineRequest(request.number, arrival.prompt_tokens, arrival.output_tokens, arrival.prefix)
         request.sent_s = now_s
         self._owners[request.number] = request
-        engine.submit(request.engine, now_s)
+        objectives = Objectives((slo.ttft_ms or math.inf) / 1000, (slo.tpot_ms or math.inf) / 1000)
+        self.replicas[row].submit(request.engine, objectives, now_s)
         self._follow(row)
 
     def _follow(self, row: int) -> None:
@@ -264,7 +266,7 @@ class Simulation:
         replica = self.replicas[row]
         if replica.engine.next_event_s != now_s or not replica.up:
             return
-        progress = replica.engine.advance()
+        progress = replica.advance()
         if progress.started or progress.finished:
             if replica.reachable:
                 self._tell(row, progress.started, progress.finished, now_s)
@@ -312,7 +314,7 @@ class Simulation:
             waits = math.isnan(request.first_s)
             request.router.fleet.ended(request.row, request.charged if waits else 0)
             if request.engine is not None:
-                self.replicas[request.row].engine.cancel(request.engine)
+                self.replicas[request.row].cancel(request.engine)
         self._end(request, Ending.TIMED_OUT, now_s)
 
     def _end(self, request: _Request, ending: Ending, now_s: float) -> None:
@@ -340,8 +342,6 @@ class Simulation:
             waited_s = request.sent_s - arrival.at_s
             self._ttft_error.observe(request.predicted[0], ttft_s - waited_s)
             self._tpot_error.observe(request.predicted[1], tpot_s)
-        if ending is Ending.ANSWERED:
-            self._control.answered(request.row, tpot_s)
 
     # control
 
@@ -370,8 +370,7 @@ class Simulation:
 
     def _die(self, row: int, now_s: float) -> None:
         replica = self.replicas[row]
-        replica.up = False
-        lost = replica.engine.drain()
+        lost = replica.drain()
         for router in self._routers:
             router.policy.lost(row)
         for one in lost:

@@ -10,14 +10,17 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
-from cluster.controller import ensure_controller
+from cluster.controller import Controller, ensure_controller
+from cluster.target_planner import TargetSettings
 from memory_agent.agent import AgentSpec, Registration, board_path, ensure_agent
 from memory_agent.errors import SettingsError
 from memory_agent.lease_board import LIMIT_UNIT_BYTES, MAX_ROWS, EngineWord, LeaseBoard, ReplicaWord, Row
@@ -34,10 +37,7 @@ TIMEOUT_S = 40.0
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Bounds:
-    token_budget_max: int = 512
-    active_max: int = 16
+SETTINGS = TargetSettings(token_budget_max=512, active_max=16, batch_sizing=False)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def device(ray_cluster: None) -> Iterator[Device]:
 
 @pytest.fixture
 def controller(ray_cluster: None) -> Any:
-    return ensure_controller(Bounds())
+    return ensure_controller(SETTINGS)
 
 
 def eventually(condition: Callable[[], T], timeout_s: float = TIMEOUT_S) -> T:
@@ -273,7 +273,7 @@ def test_reports_reach_the_controller(device: Device, controller: Any) -> None:
     eventually(lambda: [one["memory"]["kv_used_bytes"] for one in devices_of(controller, device)] == [300 * UNIT])
     (shown,) = devices_of(controller, device)
     assert (shown["memory"]["free_bytes"], shown["memory"]["weights_bytes"]) == (BUDGET - 300 * UNIT, 7)
-    assert ray.get(controller.target_for.remote("a"), timeout=TIMEOUT_S).revision == 1
+    assert ray.get(controller.target_for.remote("a"), timeout=TIMEOUT_S).revision > 0
     assert ray.get(controller.target_for.remote("nobody"), timeout=TIMEOUT_S) is None
 
 
@@ -295,14 +295,60 @@ def test_pressure_reaches_a_watcher(device: Device, controller: Any) -> None:
 
 
 def test_killed_controller_rebuilds_its_view(device: Device, controller: Any) -> None:
-    """After SIGKILL the next reports bring devices and engines back, and targets go on from the replica's revision."""
+    """After SIGKILL the next reports bring devices and engines back, and targets go on above the replica's revision."""
     row = device.start("a")
-    row.set(ReplicaWord.TARGET_REVISION, 5)
-    eventually(lambda: device.engine("a").target_revision == 5 and devices_of(controller, device))
-    eventually(lambda: ray.get(controller.target_for.remote("a"), timeout=TIMEOUT_S).revision == 6)
-    row.set(ReplicaWord.TARGET_REVISION, 6)
+    eventually(lambda: device.engine("a").pid and devices_of(controller, device))
+    before = eventually(lambda: ray.get(controller.target_for.remote("a"), timeout=TIMEOUT_S)).revision
+    row.set(ReplicaWord.TARGET_REVISION, before)
+    eventually(lambda: device.engine("a").target_revision == before)
     seen = ray.get(controller.watch.remote(0, 5.0), timeout=TIMEOUT_S)
     kill_actor(controller)
     eventually(lambda: [one["replicas"][0]["engine_id"] for one in devices_of(controller, device)] == ["a"])
-    assert ray.get(controller.target_for.remote("a"), timeout=TIMEOUT_S).revision == 7
+    assert ray.get(controller.target_for.remote("a"), timeout=TIMEOUT_S).revision > before
     assert ray.get(controller.watch.remote(seen.revision, 5.0), timeout=TIMEOUT_S).revision > seen.revision
+
+
+def test_controllers_that_are_started_at_once_are_one(ray_cluster: None) -> None:
+    """Whoever asks at the same moment gets the same actor."""
+    with ThreadPoolExecutor(4) as pool:
+        handles = list(pool.map(lambda _: ensure_controller(SETTINGS), range(4)))
+    lives = ray.get([handle.life.remote() for handle in handles], timeout=TIMEOUT_S)
+    assert len(set(lives)) == 1
+
+
+def test_a_controller_without_the_name_ends(device: Device) -> None:
+    """One that another has replaced gives out targets until it learns of that from a report, and then no more: it ends.
+    The one with the name goes on."""
+    device.start("a")
+    old: Any = ray.remote(Controller).options(num_cpus=0).remote(SETTINGS)
+    report = device.report()
+    ray.get(old.report_device.remote(report), timeout=TIMEOUT_S)
+    first = ray.get(old.target_for.remote("a"), timeout=TIMEOUT_S)
+    named = ensure_controller(SETTINGS)
+    ray.kill(named, no_restart=False)  # so that it began later
+
+    def later_target() -> int:
+        target: Any = ray.get(named.target_for.remote("a"), timeout=TIMEOUT_S)
+        return target.revision if target is not None and target.revision > first.revision else 0
+
+    later = eventually(later_target)
+    engine = replace(report.engines[0], target_revision=later)
+    with pytest.raises(RayActorError):
+        ray.get(old.report_device.remote(replace(report, sequence=10**6, engines=(engine,))), timeout=TIMEOUT_S)
+    with pytest.raises(RayActorError):
+        ray.get(old.target_for.remote("a"), timeout=TIMEOUT_S)
+    assert ray.get(named.target_for.remote("a"), timeout=TIMEOUT_S).revision == later
+
+
+def test_a_clock_that_was_set_back_stops_nobody(device: Device, controller: Any) -> None:
+    """A revision from the future is that of a former life: who has the name goes on above it."""
+    row = device.start("a")
+    future = (time.time_ns() // 1_000_000 + 10_000_000) * 4096
+    row.set(ReplicaWord.TARGET_REVISION, future)
+    eventually(lambda: device.engine("a").target_revision == future)
+
+    def above() -> bool:
+        target: Any = ray.get(controller.target_for.remote("a"), timeout=TIMEOUT_S)
+        return target is not None and target.revision > future
+
+    eventually(above)

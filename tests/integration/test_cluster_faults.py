@@ -115,3 +115,32 @@ def test_streams_outlive_agent_and_controller(cluster: str, model: str) -> None:
             assert replica[key] == known[engine_id][key]
         assert replica["lease_revision"] >= known[engine_id]["lease_revision"]
         assert replica["target_revision"] >= known[engine_id]["target_revision"]
+
+
+def test_targets_hold_without_their_controller(cluster: str, model: str) -> None:
+    """Replicas that run requests get targets from what they measured. With the controller killed they keep them and
+    answer on; the next one goes on from these, under higher revisions, and tells why."""
+
+    def sized() -> dict[str, dict[str, Any]]:
+        return {name: one for name, one in replicas(cluster).items() if one["token_budget_max"] and one["step_s"]}
+
+    with ThreadPoolExecutor(8) as pool:
+        load = [pool.submit(stream, cluster, model, prompt_of(200 + i, 300), 120) for i in range(8)]
+        until(lambda: len(sized()) == 2, "both replicas have a target of their own")
+        assert [answer.result() for answer in load] == [120] * len(load)
+        controller_pid, before = status(cluster)["controller_pid"], sized()
+        more = [pool.submit(stream, cluster, model, prompt_of(300 + i, 300), 120) for i in range(4)]
+        os.kill(controller_pid, signal.SIGKILL)
+        assert [answer.result() for answer in more] == [120] * len(more)
+    until(lambda: status(cluster).get("controller_pid") not in (None, controller_pid), "the controller is back")
+    until(
+        lambda: (
+            sized().keys() == before.keys()
+            and all(one["target_revision"] > before[name]["target_revision"] for name, one in sized().items())
+        ),
+        "both replicas have a target of the new controller",
+    )
+    answer = httpx.get(f"{cluster}/ellm/decisions", params={"last": "100"}, timeout=20, trust_env=False)
+    told = {one["subject"]: one for one in answer.json() if one["kind"] == "target"}
+    assert told.keys() >= before.keys()
+    assert all(one["reason"] and one["inputs"]["tpot_target_ms"] > 0 for one in told.values())

@@ -3,23 +3,23 @@
 import asyncio
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
 
 from cluster.cluster_view import FORGET_AFTER_S, STALE_AFTER_S, ClusterView, PressureView, ReportOutcome
 from cluster.controller import Controller
+from cluster.target_planner import TargetSettings
 from memory_agent.reports import DeviceReport, EngineReport, PressureLevel
+from replicas.step_time import StepTime
 from replicas.targets import ReplicaTarget
 
 GIB = 1 << 30
 
 
-@dataclass(frozen=True)
-class Bounds:
-    token_budget_max: int = 512
-    active_max: int = 16
+BOUNDS = TargetSettings(token_budget_max=512, active_max=16, batch_sizing=False)
 
 
 def engine(engine_id: str = "a", **values: Any) -> EngineReport:
@@ -35,7 +35,12 @@ def engine(engine_id: str = "a", **values: Any) -> EngineReport:
         "inflate_count": 0, "inflate_bytes": 0, "deflate_count": 0, "deflate_bytes": 0,
         "map_failures": 0, "conservation_failures": 0, "overdue_bytes": 0,
         "blocks_mapped": 1, "reachable_blocks": 9, "blocks_ceiling": 10, "block_tokens": 128,
-        "kv_usage": 0.25, "target_revision": 0, "pressure": PressureLevel.NORMAL,
+        "kv_usage": 0.25, "target_revision": 0, "token_budget_max": 0, "active_max": 0,
+        "max_num_seqs": 32, "max_num_batched_tokens": 1024, "kv_tokens": 300,
+        "step_s": 0.01, "row_s": 1e-3, "kv_token_s": 1e-7, "token_s": 1e-4, "pair_s": 0.0,
+        "tpot_s": 0.02, "tpot_target_s": 0.0, "ttft_share": 0.0, "prompt_tokens": 100.0,
+        "prompt_of_token": 100.0, "prompt_rate": 0.0,
+        "pressure": PressureLevel.NORMAL,
     }  # fmt: skip
     return EngineReport(engine_id=engine_id, **(known | values))
 
@@ -50,7 +55,7 @@ def report(sequence: int, *engines: EngineReport, epoch: int = 100, **values: An
 
 @pytest.fixture
 def view() -> ClusterView:
-    return ClusterView(Bounds(), epoch_ms=1_000_000)
+    return ClusterView(BOUNDS, epoch_ms=1_000_000)
 
 
 def outcomes(view: ClusterView, now_s: float = 0.0) -> dict[str, int]:
@@ -86,6 +91,9 @@ def test_an_order_from_long_ago_binds_nobody(view: ClusterView) -> None:
         report(2, engine(kv_usage=math.inf)),
         report(2, engine(used_bytes=-5)),
         report(2, engine(waiting=-1)),
+        report(2, engine(tpot_s=math.nan)),
+        report(2, engine(token_s=-1e-9)),
+        report(2, engine(prompt_tokens=math.inf)),
     ],
 )
 def test_impossible_numbers_are_refused(view: ClusterView, broken: DeviceReport) -> None:
@@ -105,10 +113,10 @@ def test_old_report_reads_as_absent(view: ClusterView) -> None:
     snapshot = view.snapshot(at_s)
     assert [node["node"] for node in snapshot["nodes"]] == ["n2"]
     assert [(one["node"], one["report_age_s"]) for one in snapshot["absent_devices"]] == [("n1", 3.01)]
-    assert view.target_for("a") is not None, "its engine may live on"
+    assert view.targets.target_for("a") is not None, "its engine may live on"
     view.receive(report(2, engine("b"), node="n2"), 10.1 + FORGET_AFTER_S)
     assert view.snapshot(10.1 + FORGET_AFTER_S)["absent_devices"] == []
-    assert view.target_for("a") is None
+    assert view.targets.target_for("a") is None
 
 
 def test_view_revision_grows_with_changes_only(view: ClusterView) -> None:
@@ -134,23 +142,35 @@ def test_demand_is_shown_against_the_limit(view: ClusterView) -> None:
     assert math.isfinite(engines["b"].demand_ratio) and engines["b"].demand_ratio > 1
 
 
+def test_routers_get_what_the_engines_measured(view: ClusterView) -> None:
+    """Step time, tokens and limits are in the view; an engine that has learned nothing yet has no step time."""
+    view.receive(report(1, engine(), engine("b", step_s=0.0, row_s=0.0, kv_token_s=0.0, token_s=0.0)), 0.0)
+    a, b = view.pressure_view(0.0).engines.values()
+    assert a.step_time == StepTime(0.01, 1e-3, 1e-7, 1e-4, 0.0)
+    assert (a.kv_used_tokens, a.max_num_seqs, a.max_num_batched_tokens, a.prompt_tokens) == (300, 32, 1024, 100.0)
+    assert b.step_time is None
+
+
 def test_every_reported_engine_has_a_target(view: ClusterView) -> None:
     """The target carries the settings' bounds; an engine that was never reported, or left, has none."""
-    assert view.target_for("a") is None
+    assert view.targets.target_for("a") is None
     view.receive(report(1, engine("a"), engine("b")), 0.0)
-    assert view.target_for("a") == ReplicaTarget(1, token_budget_max=512, active_max=16)
-    view.receive(report(2, engine("a", target_revision=1)), 0.1)
-    assert view.target_for("a") == ReplicaTarget(1, token_budget_max=512, active_max=16), "nothing changed"
-    assert view.target_for("b") is None
+    target = view.targets.target_for("a")
+    assert target == ReplicaTarget(1_000_000 * 4096 + 1, token_budget_max=512, active_max=16)
+    view.receive(report(2, engine("a", target_revision=target.revision)), 0.1)
+    assert view.targets.target_for("a") == target, "nothing changed"
+    assert view.targets.target_for("b") is None
 
 
 def test_target_revision_grows_across_restarts() -> None:
     """A controller that starts anew publishes beyond the revision that the replica reports, so that it is taken."""
-    view = ClusterView(Bounds(token_budget_max=99), epoch_ms=1)
-    view.receive(report(1, engine(target_revision=41)), 0.0)
-    assert view.target_for("a") == ReplicaTarget(42, token_budget_max=99, active_max=16)
-    view.receive(report(2, engine(target_revision=42)), 0.1)
-    assert view.target_for("a") == ReplicaTarget(42, token_budget_max=99, active_max=16)
+    view = ClusterView(replace(BOUNDS, token_budget_max=99), epoch_ms=2000)
+    before = 1000 * 4096 + 41
+    view.receive(report(1, engine(target_revision=before)), 0.0)
+    target = view.targets.target_for("a")
+    assert target == ReplicaTarget(2000 * 4096 + 1, token_budget_max=99, active_max=16)
+    view.receive(report(2, engine(target_revision=target.revision)), 0.1)
+    assert view.targets.target_for("a") == target
 
 
 def test_snapshot_accounts_for_every_byte_and_is_json(view: ClusterView) -> None:
@@ -173,7 +193,8 @@ def test_snapshot_accounts_for_every_byte_and_is_json(view: ClusterView) -> None
     assert sum(memory[owner] for owner in owners) == device["budget_bytes"]
     assert (device["running"], device["waiting"], device["report_age_s"]) == (4, 6, 1.5)
     assert (device["pressure"], device["replicas"][1]["engine_id"]) == ("NORMAL", "b")
-    assert device["replicas"][0]["target"] == {"revision": 1, "token_budget_max": 512, "active_max": 16}
+    target = {"revision": 1_000_000 * 4096 + 1, "token_budget_max": 512, "active_max": 16}
+    assert device["replicas"][0]["target"] == target
 
 
 def test_a_start_takes_its_part_of_the_budget(view: ClusterView) -> None:
@@ -195,7 +216,7 @@ def test_snapshot_never_shows_negative_bytes(view: ClusterView) -> None:
 
 async def started() -> Controller:
     controller = Controller.__new__(Controller)
-    await Controller.__init__(controller, Bounds())  # what Ray does with an actor's coroutine constructor
+    await Controller.__init__(controller, BOUNDS)  # what Ray does with an actor's coroutine constructor
     return controller
 
 
@@ -242,5 +263,60 @@ def test_view_of_a_former_life_is_never_taken_for_a_present_one() -> None:
         await new.report_device(report(1, engine()))
         view = await asyncio.wait_for(new.watch(old.revision, 20.0), 5.0)
         assert set(view.engines) == {"a"}
+
+    asyncio.run(scenario())
+
+
+class Named:
+    """Stands for the actor that has the controller's name: what it answers, or why it cannot."""
+
+    def __init__(self, life: str | Exception) -> None:
+        self.life = self
+        self._life = life
+
+    async def remote(self) -> str:
+        if isinstance(self._life, Exception):
+            raise self._life
+        return self._life
+
+
+class Ended(BaseException):
+    """What ends an actor."""
+
+
+@pytest.mark.parametrize("named", ["own", "other", "nobody", "away"])
+def test_who_has_the_name_leads(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    """A report with a target of a later life: the controller with the name goes on above it, one whose name is
+    another's ends, and as long as nobody answers to the name there are no targets."""
+
+    async def scenario() -> None:
+        controller = await started()
+        await controller.report_device(report(1, engine()))
+        mine = await controller.target_for("a")
+        assert mine is not None
+        lives: dict[str, str | Exception] = {"own": await controller.life(), "other": "x", "away": RayError("away")}
+
+        def get_actor(name: str, namespace: str) -> Named:
+            if named == "nobody":
+                raise ValueError("no such actor")
+            return Named(lives[named])
+
+        def exit_actor() -> None:
+            raise Ended
+
+        monkeypatch.setattr("cluster.controller.ray.get_actor", get_actor)
+        monkeypatch.setattr("cluster.controller.exit_actor", exit_actor)
+        later = mine.revision + 10**9
+        if named == "other":
+            with pytest.raises(Ended):
+                await controller.report_device(report(2, engine(target_revision=later)))
+            return
+        await controller.report_device(report(2, engine(target_revision=later)))
+        await controller.report_device(report(3, engine(target_revision=later)))
+        target = await controller.target_for("a")
+        if named == "own":
+            assert target is not None and target.revision > later
+        else:
+            assert target is None
 
     asyncio.run(scenario())

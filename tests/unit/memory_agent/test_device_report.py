@@ -19,6 +19,9 @@ def test_report_shows_board_and_kernel(keeper: LeaseKeeper, clock: Clock) -> Non
     row.set(EngineWord.USED_BYTES, 5 * UNIT)
     row.set(EngineWord.BLOCKS_CEILING, 20)
     row.set(ReplicaWord.TARGET_REVISION, 4)
+    row.set_float(EngineWord.KV_TOKEN_S, 1e-7)
+    row.set_float(EngineWord.TPOT_S, 0.03)
+    row.set(EngineWord.MAX_NUM_SEQS, 64)
     clock.tick(3)
     reporter = DeviceReporter("node", "cpu", 7, epoch_ns=9)
     first, second = reporter.sample(keeper, 1.0), reporter.sample(keeper, 2.0)
@@ -28,6 +31,7 @@ def test_report_shows_board_and_kernel(keeper: LeaseKeeper, clock: Clock) -> Non
     assert (engine.reachable_blocks, engine.kv_usage) == (20, 0.25), "the lease reaches beyond the ceiling of 20 blocks"
     assert engine.rss_bytes > 1 << 20
     assert (engine.state, engine.target_revision, engine.weights_bytes) == ("LIVE", 4, 1 << 20)
+    assert (engine.kv_token_s, engine.tpot_s, engine.max_num_seqs) == (1e-7, 0.03, 64)
     assert (first.node, first.device, first.agent_pid, first.budget_bytes) == ("node", "cpu", 7, BUDGET)
     assert (first.agent_epoch_ns, first.sequence) < (second.agent_epoch_ns, second.sequence)
     assert pickle.loads(pickle.dumps(first)) == first

@@ -15,6 +15,7 @@ from memory_agent.lease_board import (
     MAX_NAME_BYTES,
     MAX_ROWS,
     MAX_WORKERS,
+    WORDS_OF_A_ROW,
     AgentWord,
     EngineWord,
     Lease,
@@ -51,7 +52,7 @@ def test_no_two_words_share_a_place() -> None:
     for word in chain(AgentWord, ReplicaWord, EngineWord):
         places += range(word, word + (MAX_WORKERS if word in ranges else 1))
     assert len(places) == len(set(places))
-    assert max(places) < (1024 - 256) // 8
+    assert max(places) < WORDS_OF_A_ROW
 
 
 def test_two_mappings_see_each_other(path: Path) -> None:
@@ -73,11 +74,11 @@ def test_rows_do_not_overlap(path: Path) -> None:
     board = LeaseBoard.create(path, BUDGET)
     row = board.row(1)
     row.name("x" * 500, "y" * 500)
-    for word in range((1024 - 256) // 8):
+    for word in range(WORDS_OF_A_ROW):
         row.set(word, 2**64 - 1)
     for other in (board.row(0), board.row(2)):
         assert (other.engine_id, other.model) == ("", "")
-        assert all(other.get(word) == 0 for word in range((1024 - 256) // 8))
+        assert all(other.get(word) == 0 for word in range(WORDS_OF_A_ROW))
     assert (row.engine_id, row.model) == ("x" * MAX_NAME_BYTES, "y" * MAX_NAME_BYTES)
     assert board.budget_bytes == BUDGET
 
@@ -103,7 +104,7 @@ def test_existing_board_is_opened_as_it_is(path: Path) -> None:
     assert (again.budget_bytes, again.dead_engines) == (42, 7)
 
 
-@pytest.mark.parametrize("size", [0, 4096 + MAX_ROWS * 1024])
+@pytest.mark.parametrize("size", [0, 4096 + MAX_ROWS * 2048])
 def test_half_made_board_is_finished(path: Path, size: int) -> None:
     """A board whose creator died before it wrote the header is made usable by the next create, not by open."""
     path.touch()

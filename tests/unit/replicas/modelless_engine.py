@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,9 +158,11 @@ class ModellessEngine:
         self.row.set(AgentWord.TARGET_BYTES, limit_bytes)
         self.row.set(AgentWord.LEASE, Lease(limit_bytes, self.row.lease.revision + 1).pack())
 
-    def ask(self, request_id: str, prompt: int, tokens: int, shared: int = 0) -> None:
+    def ask(
+        self, request_id: str, prompt: int, tokens: int, shared: int = 0, objectives: dict[str, Any] | None = None
+    ) -> None:
         """A request of ``prompt`` tokens for ``tokens`` tokens; all but its first ``shared`` are its own."""
-        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, extra_args=objectives)
         ids = _random_tokens("shared", shared) + _random_tokens(request_id, prompt - shared)
         self.prompts[request_id] = ids
         self.scheduler.add_request(Request(request_id, ids, params, None, block_hasher=self._hasher))
