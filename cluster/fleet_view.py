@@ -104,11 +104,12 @@ class FleetView:
         self.in_flight[row] += 1
         self.changed[row] += 1
         self.pending_tokens[row] += tokens
+        self._on_trial[row] += self._failures[row] > 0
 
     def first_token(self, row: int, tokens: int) -> None:
         """Its prompt is computed; ``tokens`` as in ``sent``."""
         self.pending_tokens[row] = max(0.0, self.pending_tokens[row] - tokens)
-        self._failures[row] = 0
+        self._failures[row] = self._on_trial[row] = 0
         self._back_s[row] = -math.inf
 
     def ended(self, row: int, tokens: int = 0) -> None:
@@ -116,18 +117,26 @@ class FleetView:
         self.in_flight[row] = max(0.0, self.in_flight[row] - 1)
         self.changed[row] -= 1
         self.pending_tokens[row] = max(0.0, self.pending_tokens[row] - tokens)
+        if tokens:
+            self._on_trial[row] = max(0.0, self._on_trial[row] - 1)
 
     def failed(self, row: int, now_s: float) -> None:
-        """The replica refused a connection, or did not answer in time: it is left out for a while."""
+        """The replica refused a connection, or did not answer in time: it is left out for a while. What else fails in
+        that while was sent before, and does not make it longer."""
+        if now_s < self._back_s[row]:
+            return
         self._failures[row] += 1
+        self._on_trial[row] = 0
         self._back_s[row] = now_s + min(_LEFT_OUT_S * 2.0 ** (self._failures[row] - 1), _LEFT_OUT_MOST_S)
+
+    def answers(self, row: int) -> None:
+        """The replica answers again, though no request has shown yet that it works: its trial begins."""
+        self._back_s[row] = -math.inf
 
     def left_out(self, now_s: float) -> Bools:
         """Replicas that get no request now: closed ones, and those that failed. One whose time is over is on trial,
-        with
-        one request at a time, until a first token comes."""
-        on_trial = (self._failures > 0) & (self.in_flight > 0)
-        return (now_s < self._back_s) | on_trial | self.closed
+        with one request at a time, until a first token comes."""
+        return (now_s < self._back_s) | (self._on_trial > 0) | self.closed
 
     def fresh(self, now_s: float) -> Bools:
         """Replicas with a recent report."""
@@ -145,4 +154,4 @@ class FleetView:
         self.kv_tokens, self.kv_used = np.zeros(rows), np.zeros(rows)
         self.in_flight, self.changed, self.pending_tokens = np.zeros(rows), np.zeros(rows), np.zeros(rows)
         self.closed: Bools = np.zeros(rows, dtype=bool)
-        self._failures, self._back_s = np.zeros(rows), np.full(rows, -math.inf)
+        self._failures, self._on_trial, self._back_s = np.zeros(rows), np.zeros(rows), np.full(rows, -math.inf)

@@ -80,6 +80,38 @@ def test_a_failed_replica_is_left_out_longer_each_time_and_taken_back_on_trial()
     assert not fleet.left_out(104.1)[0]
 
 
+def test_failures_of_one_absence_count_once() -> None:
+    """Requests that fail while the replica is left out were sent before: they do not make its absence longer."""
+    fleet = FleetView(["a"])
+    for at in range(5):
+        fleet.failed(0, 100.0 + at / 10)
+    assert not fleet.left_out(101.1)[0]
+    fleet.failed(0, 101.2)
+    assert fleet.left_out(103.1)[0] and not fleet.left_out(103.3)[0]
+
+
+def test_old_requests_do_not_stand_for_the_trial() -> None:
+    """What a failed replica still has from before keeps nobody from trying it; what was sent since does."""
+    fleet = FleetView(["a"])
+    fleet.sent(0, 10)
+    fleet.failed(0, 100.0)
+    assert not fleet.left_out(101.1)[0]
+    fleet.sent(0, 10)
+    assert fleet.left_out(101.1)[0]
+
+
+def test_an_answer_begins_the_trial_at_once() -> None:
+    """A replica that answers again need not wait until its time is over, but proves itself with one request."""
+    fleet = FleetView(["a"])
+    fleet.failed(0, 100.0)
+    fleet.answers(0)
+    assert not fleet.left_out(100.1)[0]
+    fleet.sent(0, 10)
+    assert fleet.left_out(100.1)[0]
+    fleet.first_token(0, 10)
+    assert not fleet.left_out(100.1)[0]
+
+
 def test_replicas_that_stay_keep_what_is_known() -> None:
     """When replicas come and go, those that stay keep their numbers, in whatever row they are then."""
     fleet = FleetView(["a", "b"])
