@@ -5,7 +5,7 @@ what was used least recently, so the index does too, at the size that its KV mem
 """
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,12 +15,12 @@ from cluster.fleet_view import Floats
 class PrefixIndex:
     """Prefix blocks by replica. Used by one thread.
 
-    Args:
-        blocks: most of them that a replica keeps.
+    Attributes:
+        most: blocks that a replica keeps.
     """
 
     def __init__(self, blocks: int) -> None:
-        self._most = blocks
+        self.most = blocks
         self._holders: dict[int, dict[int, None]] = {}
         self._kept: defaultdict[int, OrderedDict[int, None]] = defaultdict(OrderedDict)
 
@@ -33,7 +33,7 @@ class PrefixIndex:
             else:
                 kept[block] = None
                 self._holders.setdefault(block, {})[row] = None
-        while len(kept) > self._most:
+        while len(kept) > self.most:
             self._drop(kept.popitem(last=False)[0], row)
 
     def matches(self, ids: Sequence[int], rows: int) -> Floats:
@@ -57,6 +57,12 @@ class PrefixIndex:
         """The replica has lost its cache."""
         for block in self._kept.pop(row, ()):
             self._drop(block, row)
+
+    def move(self, rows: Mapping[int, int]) -> None:
+        """The replicas have other rows now, from key to value; one that is not named is gone."""
+        self._kept = defaultdict(OrderedDict, {rows[row]: kept for row, kept in self._kept.items() if row in rows})
+        moved = ((block, [rows[row] for row in held if row in rows]) for block, held in self._holders.items())
+        self._holders = {block: dict.fromkeys(held) for block, held in moved if held}
 
     def _drop(self, block: int, row: int) -> None:
         holders = self._holders[block]

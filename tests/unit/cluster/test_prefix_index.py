@@ -29,3 +29,18 @@ def test_a_lost_cache_is_forgotten_for_one_replica_alone() -> None:
     index.forget(0)
     index.forget(5)
     assert list(index.matches([1], 2)) == [0, 1]
+
+
+def test_blocks_move_with_their_replicas() -> None:
+    """When replicas come and go each keeps its blocks in its new row, and those of one that is gone are nobody's."""
+    index = PrefixIndex(10)
+    index.insert([1, 2], 0)
+    index.insert([1], 1)
+    index.insert([1, 3], 2)
+    index.move({2: 0, 1: 2})
+    assert list(index.matches([1, 3], 3)) == [2, 0, 1]
+    assert list(index.matches([1, 2], 3)) == [1, 0, 1]
+    assert [index.size(row) for row in range(3)] == [2, 0, 1]
+    index.most = 1
+    index.insert([4], 0)
+    assert list(index.matches([1], 3)) == [0, 0, 1]
