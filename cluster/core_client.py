@@ -7,8 +7,9 @@ The call to the replica lasts as long as the request and returns nothing: it is 
 requests, cancels one, and notices that a replica has died. Outputs come over the replica's channel
 (``cluster.output_inbox``), and the call returns when all have been received.
 
-A relay holds the prompt and the token ids so far. A replica that dies before a request's first token costs a retry
-on another one; after it, the request ends with an error that says so in vLLM's form.
+A relay holds the prompt and the token ids so far. A replica that dies before a request's first token, or does not
+answer (``cluster.attempt_watch``), costs a retry on another one; after it, the request ends with an error that says so
+in vLLM's form. Each attempt has a ``Route``, by which it and the router know of each other.
 
 A relay goes through the model's door (``cluster.door``), which may let it wait, before it goes to a replica. Where the
 cluster ends a request by itself, refused or past its deadline, vLLM sees an abort, and the HTTP layer says why.
@@ -34,10 +35,15 @@ from vllm.tasks import SupportedTask
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import AsyncMPClient
 
+from cluster.attempt_watch import unanswered
+from cluster.bench.report import Slo
 from cluster.door import Door
 from cluster.engine_slots import EngineSlots
 from cluster.output_inbox import OutputInbox
+from cluster.prompt_prefix import prefix_ids, prompt_length
 from cluster.request_slo import CURRENT, Part
+from cluster.route import Route
+from cluster.routing_policy import RouteRequest
 from replicas.channel_wire import InboxAddress
 from replicas.hop import HopCodec
 from replicas.replica import ReplicaInfo, ReplicaStats
@@ -48,6 +54,7 @@ RETRIES = 2
 POLL_PERIOD_S = 1.0
 POLL_TIMEOUT_S = 3.0
 STALE_AFTER_S = 15.0
+WATCH_PERIOD_S = 0.5
 
 
 @dataclass
@@ -62,7 +69,15 @@ class Relay:
     """Output ids received so far; prompt and these are what another replica would need to go on."""
     finished: bool = False
     fault: str | None = None
-    """What is wrong with its outputs, where something is."""
+    """What is wrong with its outputs, or with its replica, where something is."""
+    retries_left: int = RETRIES
+    route: Route | None = None
+    """Of the present attempt; ticket: likewise."""
+    ticket: int = 0
+    given_up: bool = False
+    """The present attempt is being cancelled for its fault, and not by the client."""
+    seen: int = 0
+    """Tokens at the last look of ``cluster.attempt_watch``."""
 
 
 @dataclass
@@ -112,7 +127,7 @@ class ClusterCore:
         self._stats: deque[EngineCoreOutputs] = deque()
         self._wake = asyncio.Event()
         self._slots = EngineSlots(replicas)
-        self._poll_task = asyncio.get_running_loop().create_task(self._poll())
+        self._tasks = [asyncio.get_running_loop().create_task(work) for work in (self._poll(), self._watch())]
 
     async def open(self, host: str) -> None:
         """Take outputs at ``host``, an address of this node that replicas can reach. Raises OSError."""
@@ -157,7 +172,8 @@ class ClusterCore:
 
     def shutdown(self, timeout: float | None = None) -> None:
         self.resources.engine_dead = True
-        self._poll_task.cancel()
+        for task in self._tasks:
+            task.cancel()
         self.door.close()
         self._inbox.close()
         for relay in self._relays.values():
@@ -207,46 +223,62 @@ class ClusterCore:
         try:
             if not await self.door.enter(relay.part):
                 return
-            for attempt in range(1 + RETRIES):
-                error = await self._try_once(relay)
-                if relay.finished:
+            owner = relay.part.request
+            asks = RouteRequest(
+                prompt_length(relay.request), prefix_ids(relay.request), owner.slo if owner is not None else Slo()
+            )
+            while (error := await self._try_once(relay, asks)) is not None:
+                if relay.token_ids or not relay.retries_left:
+                    logger.error(
+                        "request %s ends with an error after %d tokens: %s", request_id, len(relay.token_ids), error
+                    )
+                    relay.part.failed = True
+                    self._put_out(EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR))
                     return
-                if relay.token_ids or attempt == RETRIES:
-                    break
+                relay.retries_left -= 1
                 self.retried += 1
                 logger.warning(
                     "request %s: its replica is gone before the first token, trying another: %s", request_id, error
                 )
-            logger.error("request %s ends with an error after %d tokens: %s", request_id, len(relay.token_ids), error)
-            relay.part.failed = True
-            self._put_out(EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR))
         finally:
             self.door.ended(relay.part)
             self._relays.pop(request_id, None)
 
-    async def _try_once(self, relay: Relay) -> Exception | None:
-        """Run the request on one replica. Returns what ended it early, if anything did."""
-        ticket = next(self._tickets)
-        self._by_ticket[ticket] = relay
-        call: Any = self._generate.remote(self._codec.encode_request(relay.request), self._address, ticket)
+    async def _try_once(self, relay: Relay, asks: RouteRequest) -> Exception | None:
+        """Run the request on one replica. Returns what ended it early; None where it has finished."""
+        relay.ticket, relay.route = next(self._tickets), Route(asks)
+        relay.fault, relay.given_up = None, False
+        self._by_ticket[relay.ticket] = relay
+        error: Exception | None = None
+        call: Any = self._generate.remote(
+            self._codec.encode_request(relay.request), self._address, relay.ticket, route=relay.route
+        )
         try:
             await call
         except asyncio.CancelledError:
-            if self._was_cancelled():
+            if self._was_cancelled(relay):
                 call.cancel()
                 raise
-            return RuntimeError("the replica cancelled the request")
-        except (RayError, RayServeException) as error:
-            return error
+            if relay.given_up:
+                call.cancel()
+            error = RuntimeError(relay.fault or "the replica cancelled the request")
+        except (RayError, RayServeException) as caught:
+            error = caught
         finally:
-            del self._by_ticket[ticket]  # what is still on its way from this replica is nobody's any more
-        return None if relay.finished else RuntimeError(relay.fault or "the replica ended the request early")
+            self._by_ticket.pop(relay.ticket, None)  # what is still on its way from this replica is nobody's any more
+            if error is not None and not relay.token_ids:
+                relay.route.failed()
+            relay.route.ended(len(relay.token_ids))
+        if relay.finished:
+            return None
+        return error or RuntimeError(relay.fault or "the replica ended the request early")
 
     @staticmethod
-    def _was_cancelled() -> bool:
-        """Tells a cancellation of this task from one that came out of the stream: both are CancelledError."""
+    def _was_cancelled(relay: Relay) -> bool:
+        """Tells a cancellation of this task from one that came out of the stream, or that was ours: all are
+        CancelledError."""
         task = asyncio.current_task()
-        return task is not None and task.cancelling() > 0
+        return task is not None and (task.uncancel() if relay.given_up else task.cancelling()) > 0
 
     def _end(self, request_id: str) -> bool:
         """Send it nowhere any more, and cancel it where it is. False where it has ended."""
@@ -271,6 +303,8 @@ class ClusterCore:
         if offset != len(relay.token_ids):
             relay.fault = f"tokens from {offset} came after {len(relay.token_ids)} tokens"
             return
+        if not relay.token_ids and relay.route is not None:
+            relay.route.first_token()
         relay.token_ids.extend(output.new_token_ids)
         relay.part.tokens = len(relay.token_ids)
         if not offset and relay.token_ids:
@@ -283,6 +317,17 @@ class ClusterCore:
     def _put_out(self, output: EngineCoreOutput) -> None:
         self._outputs.append(output)
         self._wake.set()
+
+    async def _watch(self) -> None:
+        """Give up attempts whose replica does not answer, for ever; not a request's last one: any answer is better then
+        than none."""
+        while True:
+            await asyncio.sleep(WATCH_PERIOD_S)
+            for relay, fault in unanswered(self._relays.values(), time.monotonic()):
+                if relay.retries_left and relay.task is not None and not relay.given_up:
+                    relay.fault, relay.given_up = fault, True
+                    self._by_ticket.pop(relay.ticket, None)
+                    relay.task.cancel()
 
     # Statistics and reachability
 

@@ -1,77 +1,91 @@
-"""The Ray Serve request router: load and memory pressure decide which replica gets a request.
+"""The Ray Serve request router: asks the dispatcher of its process which replica gets a request.
 
 Ray Serve ships this module to every process that holds a handle, by value: keep module state out of it.
 """
 
+import asyncio
 import random
 import time
-from collections import Counter, deque
 from typing import Any
 
+from ray.exceptions import RayError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from cluster.fleet_view import FleetView
+from cluster.dispatcher import Dispatcher
 from cluster.pressure_view import PressureFollower
-from cluster.routing_policy import Load, RouteRequest
+from cluster.route import Route
 
-CHOICE_LIFE_S = 0.1
+ASK_PERIOD_S = 1.0
+ASK_TIMEOUT_S = 2.0
+
+
+class NotedReplica(RunningReplica):
+    """A replica of which the router notes what Ray Serve sends to it."""
+
+    dispatcher: Dispatcher
+
+    def try_send_request(self, pr: PendingRequest, with_rejection: bool) -> Any:
+        result = super().try_send_request(pr, with_rejection)
+        if (route := _route_of(pr)) is not None:
+            self.dispatcher.sent(route, self.replica_id.unique_id, time.monotonic())
+        return result
 
 
 class PressureRouter(RequestRouter):
-    """Ranks the replicas by ``cluster.routing_policy.Load``; without a controller by its own count of requests in
-    flight."""
+    """Ranks the replicas by ``cluster.dispatcher``. Once a request has come it also asks every replica every second for
+    its queue's length, to leave out soon those that do not answer."""
 
     def initialize_state(self, **kwargs: Any) -> None:
-        self._in_flight: Counter[str] = Counter()
-        self._chosen: deque[tuple[float, str]] = deque()
         self._follower = PressureFollower()
-        self._fleet = FleetView()
-        self._policy = Load(random.Random())
+        self._dispatcher = Dispatcher(random.Random())
+        self._asking: asyncio.Task[None] | None = None
+
+    def create_replica_wrapper(self, replica_info: Any) -> RunningReplica:
+        replica = NotedReplica(replica_info)
+        replica.dispatcher = self._dispatcher
+        return replica
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Each replica as a rank of its own, best first: Ray Serve takes the first that accepts."""
-        self._follower.start()
+        self._start()
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # when every replica has refused
-        now_s = time.monotonic()
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        if not replicas:
-            return []
-        self._forget_choices(now_s)
-        self._look_at(list(replicas))
-        # Which prompt it is plays no part in this policy, so what Ray Serve has of it is not looked into.
-        order = [self._fleet.ids[row] for row in self._policy.rank(RouteRequest(1), self._fleet, now_s).order()]
-        self._chosen.append((now_s, order[0]))
-        return [[replicas[replica_id]] for replica_id in order]
+        self._dispatcher.look_at(list(replicas), self._follower.reports, self._follower.taken_s)
+        route = _route_of(pending_request) if pending_request is not None else None
+        return [[replicas[replica_id]] for replica_id in self._dispatcher.choose(route, time.monotonic())]
 
-    def on_send_request(self, replica_id: ReplicaID) -> None:
-        super().on_send_request(replica_id)
-        self._in_flight[replica_id.unique_id] += 1
-        sent = next((choice for choice in self._chosen if choice[1] == replica_id.unique_id), None)
-        if sent is not None:
-            self._chosen.remove(sent)
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        super().on_request_routed(pending_request, replica_id, result)
+        if (route := _route_of(pending_request)) is not None:
+            self._dispatcher.accepted(route, time.monotonic())
 
-    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        super().on_request_completed(replica_id, internal_request_id)
-        if self._in_flight[replica_id.unique_id] > 0:
-            self._in_flight[replica_id.unique_id] -= 1
+    def _start(self) -> None:
+        """Follow the controller and ask the replicas, from the running event loop; a second call changes nothing."""
+        self._follower.start()
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.get_running_loop().create_task(self._ask_all())
 
-    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        super().on_replica_actor_died(replica_id)
-        self._in_flight.pop(replica_id.unique_id, None)
+    async def _ask_all(self) -> None:
+        while True:
+            await asyncio.gather(*(self._ask(replica) for replica in self.curr_replicas.values()))
+            await asyncio.sleep(ASK_PERIOD_S)
 
-    def _look_at(self, ids: list[str]) -> None:
-        """Bring the fleet up to date: who is there, the newest reports, what is in flight from here."""
-        fleet = self._fleet
-        fleet.keep(ids)
-        fleet.take(self._follower.reports, self._follower.taken_s)
-        chosen = Counter(replica_id for _, replica_id in self._chosen)
-        fleet.in_flight[:] = [self._in_flight[replica_id] + chosen[replica_id] for replica_id in ids]
+    async def _ask(self, replica: RunningReplica) -> None:
+        asked_s, name = time.monotonic(), replica.replica_id.unique_id
+        try:
+            await asyncio.wait_for(replica.get_queue_len(deadline_s=ASK_TIMEOUT_S), ASK_TIMEOUT_S)
+        except TimeoutError:
+            self._dispatcher.silent(name, asked_s, time.monotonic())
+        except RayError:  # it has died, which Ray Serve finds out by itself
+            return
+        else:
+            self._dispatcher.answers(name)
 
-    def _forget_choices(self, now_s: float) -> None:
-        """Requests that choose at the same moment must not all see the same idle replica: a choice counts until it
-        is sent."""
-        while self._chosen and now_s - self._chosen[0][0] > CHOICE_LIFE_S:
-            self._chosen.popleft()
+
+def _route_of(request: PendingRequest) -> Route | None:
+    """What the core has said of the request; None for a call that is none."""
+    route = request.kwargs.get("route")
+    return route if isinstance(route, Route) else None

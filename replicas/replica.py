@@ -97,9 +97,12 @@ class EngineReplica:
         if spec.charge_activations:
             await warm_up(self._engine)
 
-    async def generate(self, frames: "Frames", address: "InboxAddress", ticket: int) -> None:
+    async def generate(self, frames: "Frames", address: "InboxAddress", ticket: int, route: None = None) -> None:
         """Run one encoded EngineCoreRequest; its outputs go to the inbox at ``address``, under ``ticket``. Returns when
         all have been received there. Cancelling aborts it in the engine.
+
+        Args:
+            route: what the caller tells the router of its process; it arrives here as None.
 
         Raises ChannelBroken where the inbox cannot be reached.
         """

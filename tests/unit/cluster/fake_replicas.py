@@ -12,6 +12,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.metrics.stats import SchedulerStats
 
+from cluster.route import News, Route
 from replicas.channel_wire import InboxAddress
 from replicas.hop import Frames, HopCodec
 from replicas.output_channel import Channels, Lane
@@ -51,6 +52,7 @@ class FakeCall:
     frames: Frames
     lane: AbstractContextManager[Lane]
     script: Sequence[Step]
+    route: Route
     cancelled: bool = False
     codec: HopCodec = field(default_factory=HopCodec)
 
@@ -87,19 +89,22 @@ class FakeCall:
 
 @dataclass
 class FakeHandle:
-    """Plays ``scripts`` one after the other; ``answers`` is what a broadcast returns, or a function that raises."""
+    """Plays ``scripts`` one after the other; ``answers`` is what a broadcast returns, or a function that raises.
+    ``news``: what a router would hear."""
 
     scripts: list[Sequence[Step]] = field(default_factory=list)
     answers: Callable[[], list[Any]] = lambda: [stats("a")]
     calls: list[FakeCall] = field(default_factory=list)
     channels: Channels = field(default_factory=lambda: Channels("replica-a"))
+    news: News = field(default_factory=News)
 
     def options(self, *, method_name: str) -> "FakeHandle":
         assert method_name == "generate"
         return self
 
-    def remote(self, frames: Frames, address: InboxAddress, ticket: int) -> FakeCall:
-        self.calls.append(FakeCall(frames, self.channels.lane(address, ticket), self.scripts[len(self.calls)]))
+    def remote(self, frames: Frames, address: InboxAddress, ticket: int, route: Route) -> FakeCall:
+        route.news = self.news
+        self.calls.append(FakeCall(frames, self.channels.lane(address, ticket), self.scripts[len(self.calls)], route))
         return self.calls[-1]
 
     def broadcast(self, method: str) -> "FakeHandle":

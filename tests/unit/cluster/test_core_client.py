@@ -1,6 +1,7 @@
 """The replicas as one engine core, with replicas that follow scripts."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
@@ -14,6 +15,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 
 import cluster.core_client
 from cluster.admission import AdmissionQueue
+from cluster.attempt_watch import ACCEPT_S
 from cluster.bench.report import Slo
 from cluster.config import SloClass
 from cluster.core_client import ClusterCore
@@ -21,6 +23,7 @@ from cluster.door import Door
 from cluster.engine_slots import EngineSlots
 from cluster.request_slo import CURRENT, RequestSlo, Stop
 from cluster.room import Room
+from cluster.route import RouteEvent, Standing
 from cluster.slo import Ending
 from tests.unit.cluster.fake_replicas import INFO, FakeHandle, died, request, stats
 
@@ -162,6 +165,64 @@ async def test_retries_are_bounded(make_core: MakeCore) -> None:
     outputs = await outputs_until(core, ended())
     assert outputs[-1].finish_reason == FinishReason.ERROR
     assert len(handle.calls) == 3
+
+
+async def test_what_a_replica_does_not_take_is_made_elsewhere(
+    make_core: MakeCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica hangs, so that its call neither ends nor can be taken: the attempt is given up, and counted against the
+    replica; what it says later is nobody's."""
+    monkeypatch.setattr(cluster.core_client, "WATCH_PERIOD_S", 0.001)
+    handle = FakeHandle([["wait"], [7, "finish"]])
+    core = await make_core(handle)
+    await core.add_request_async(request())
+    await until(lambda: bool(handle.calls))
+    route = handle.calls[0].route
+    route.replica = Standing("a")
+    route.sent_s = time.monotonic() - ACCEPT_S
+    outputs = await outputs_until(core, ended())
+    assert (tokens(outputs), core.retried, handle.calls[0].cancelled) == ([7], 1, True)
+    heard = [event for event, one, _ in handle.news if one is route]
+    assert heard == [RouteEvent.FAILED, RouteEvent.ENDED]
+    await until(lambda: core.in_flight == 0)
+
+
+async def test_the_last_attempt_is_waited_for(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no retry is left a slow answer is better than none."""
+    monkeypatch.setattr(cluster.core_client, "WATCH_PERIOD_S", 0.001)
+    handle = FakeHandle([["wait"]] * 9)
+    core = await make_core(handle)
+    await core.add_request_async(request())
+    for count in (1, 2, 3):
+        await until(lambda count=count: len(handle.calls) == count)  # type: ignore[misc]
+        handle.calls[-1].route.replica = Standing("a")
+        handle.calls[-1].route.sent_s = time.monotonic() - ACCEPT_S
+    await asyncio.sleep(0.02)
+    assert (len(handle.calls), core.in_flight, handle.calls[-1].cancelled) == (3, 1, False)
+
+
+async def test_an_abort_is_no_fault_of_the_replica(make_core: MakeCore) -> None:
+    """The router hears that the request is over, and nothing else."""
+    handle = FakeHandle([[1, "wait"]])
+    core = await make_core(handle)
+    await core.add_request_async(request())
+    await outputs_until(core, bool)
+    await core.abort_requests_async(["r"])
+    await until(lambda: handle.calls[0].cancelled)
+    assert [event for event, _, _ in handle.news] == [RouteEvent.FIRST_TOKEN, RouteEvent.ENDED]
+    assert handle.calls[0].route.output_tokens == 1
+
+
+async def test_the_router_hears_what_a_request_is(make_core: MakeCore) -> None:
+    """The length of the prompt and its prefix travel with the call."""
+    handle = FakeHandle([["finish"]])
+    core = await make_core(handle)
+    made = request()
+    made.prompt_token_ids = list(range(300))
+    await core.add_request_async(made)
+    await until(lambda: bool(handle.calls))
+    asks = handle.calls[0].route.request
+    assert (asks.prompt_tokens, len(asks.prefix)) == (300, 2)
 
 
 @pytest.mark.parametrize("end", [died(), "end", "cancel", BackPressureError(1, 1), task_error()])
