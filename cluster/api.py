@@ -15,6 +15,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -60,8 +61,8 @@ def build_api(
         return JSONResponse({"object": "list", "data": [card.model_dump() for cards in lists for card in cards.data]})
 
     async def status(request: Request) -> Response:
-        """The controller's snapshot, with the registry's models and how requests have fared; 503 with the reason where
-        the controller is away. ``models`` is null where the registry is."""
+        """The controller's snapshot, with the registry's models, how requests have fared, and the errors of this process's
+        predictions; 503 with the reason where the controller is away. ``models`` is null where the registry is."""
         try:
             snapshot = await read_snapshot()
         except ControllerAwayError as error:
@@ -70,7 +71,8 @@ def build_api(
             models = await read_models()
         except RegistryAwayError:
             models = None
-        return JSONResponse(snapshot | {"models": models, "slo": to_json(await reports())})
+        told = {"models": models, "slo": to_json(await reports()), "predictions": _predictions(table)}
+        return JSONResponse(snapshot | told)
 
     @asynccontextmanager
     async def lifespan(api: Starlette) -> AsyncIterator[None]:
@@ -133,6 +135,14 @@ class ModelSwitch:
         app: ASGIApp = model.app
         with self._table.request(model):
             await self._layer.serve(model.name, app, scope, receive, send)
+
+
+def _predictions(table: ModelTable) -> dict[str, Any]:
+    """How far predictions are off, by model."""
+    cores = {model.name: model.engine.engine_core for model in table.routed}
+    return {
+        name: {"ttft": core.ttft_error.to_json(), "tpot": core.tpot_error.to_json()} for name, core in cores.items()
+    }
 
 
 def _name_in(body: bytes) -> str | None:

@@ -55,8 +55,16 @@ class CoreCollector(Collector):
         each = [*by, "engine"]
         requests = CounterMetricFamily("ellm_slo_replica_requests", "Ended requests that it answered.", labels=each)
         kept = CounterMetricFamily("ellm_slo_replica_kept", "Of these, those that kept every target.", labels=each)
+        about = "of predictions, as a part of what came: 0.1 is 10 % too long or too short."
+        ttft = GaugeMetricFamily("ellm_predicted_ttft_error_ratio", f"Median error {about}", labels=by)
+        tpot = GaugeMetricFamily("ellm_predicted_tpot_error_ratio", f"Median error {about}", labels=by)
+        predicted = CounterMetricFamily("ellm_predicted_requests", "Requests whose TTFT was predicted.", labels=by)
         for model in self._table.routed:
             core = model.engine.engine_core
+            predicted.add_metric([model.name], core.ttft_error.count)
+            for family, error in ((ttft, core.ttft_error), (tpot, core.tpot_error)):
+                if error.count:
+                    family.add_metric([model.name], error.median)
             waiting.add_metric([model.name], core.door.waiting)
             tokens.add_metric([model.name], core.door.waiting_tokens)
             limit.add_metric([model.name], core.door.room.limit)
@@ -68,7 +76,7 @@ class CoreCollector(Collector):
             reachable.add_metric([model.name], core.reachable)
             in_flight.add_metric([model.name], core.in_flight)
             retried.add_metric([model.name], core.retried)
-        return [reachable, in_flight, waiting, tokens, limit, retried, requests, kept]
+        return [reachable, in_flight, waiting, tokens, limit, retried, requests, kept, predicted, ttft, tpot]
 
 
 class MergedRegistry(CollectorRegistry):

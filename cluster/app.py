@@ -7,7 +7,7 @@ Models come and go by their applications; the ingress follows the registry (``cl
 imported in the replicas, not here: the process that deploys an application does without.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -15,6 +15,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
+from cluster.dispatcher import RoutingSettings
 from cluster.router import PressureRouter
 from replicas.environment import engine_environment
 from replicas.replica import EngineReplica
@@ -72,8 +73,18 @@ def build_api_app(config: "ClusterConfig") -> serve.Application:
     return ingress.bind(config)
 
 
+def routing_settings(config: "ClusterConfig") -> RoutingSettings:
+    """For the routers in all ingress processes; requests without targets have those of the first class."""
+    first = config.slo[0]
+    return RoutingSettings(config.routing.policy, config.http.ingress_replicas, first.ttft_ms, first.tpot_ms)
+
+
 def build_model_app(
-    spec: EngineSpec, config: "ModelConfig", engines: int, agent_spec: "AgentSpec | None"
+    spec: EngineSpec,
+    config: "ModelConfig",
+    engines: int,
+    agent_spec: "AgentSpec | None",
+    routing: RoutingSettings,
 ) -> serve.Application:
     """The engine replicas of one model.
 
@@ -81,12 +92,12 @@ def build_model_app(
         engines: replicas of all models on this host: they share its cores.
         agent_spec: the memory agent that an elastic engine registers with; None where it is not elastic.
     """
-    deployment = _engine_deployment(config.replicas, engine_environment(spec, engines))
+    deployment = _engine_deployment(config.replicas, engine_environment(spec, engines), routing)
     return deployment.bind(spec, agent_spec)  # type: ignore[no-any-return]
 
 
-def _engine_deployment(replicas: int, environment: dict[str, str]) -> Any:
-    routing = RequestRouterConfig(request_router_class=PressureRouter)  # type: ignore[arg-type]  # typed as for JSON
+def _engine_deployment(replicas: int, environment: dict[str, str], routing: RoutingSettings) -> Any:
+    router: Any = PressureRouter  # Ray Serve's configuration is typed as for JSON
     return serve.deployment(
         name=ENGINE_DEPLOYMENT,
         num_replicas=replicas,
@@ -98,7 +109,7 @@ def _engine_deployment(replicas: int, environment: dict[str, str]) -> Any:
         graceful_shutdown_wait_loop_s=0.5,
         logging_config=_QUIET,
         ray_actor_options={"num_cpus": REPLICA_CPUS, "runtime_env": {"env_vars": environment}},
-        request_router_config=routing,
+        request_router_config=RequestRouterConfig(request_router_class=router, request_router_kwargs=asdict(routing)),
     )(EngineReplica)
 
 

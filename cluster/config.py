@@ -6,6 +6,7 @@
     +-- http: HttpConfig              where the OpenAI API listens
     +-- slo: list[SloClass]           latency targets
     +-- admission: AdmissionConfig    who waits in front of the replicas, who is refused
+    +-- routing: RoutingConfig        how a replica is chosen for a request
     +-- controller: ControllerConfig  what the controller sets for every replica
 
 The docstring under a field is its documentation: ``ellm config example`` prints it. Names follow vLLM and Ray Serve
@@ -205,6 +206,15 @@ class AdmissionConfig(_Section):
     """Most tokens, of prompts and expected answers, that wait; likewise."""
 
 
+class RoutingConfig(_Section):
+    """How a replica is chosen for a request."""
+
+    policy: Literal["predicted", "load"] = "predicted"
+    """predicted: by the latency that each replica is predicted to have, against the request's targets; who has computed
+    the beginning of a prompt is faster. load: by running and waiting requests, and memory pressure; it also decides
+    where nothing can be predicted."""
+
+
 class ControllerConfig(_Section):
     """What the controller sets for every replica."""
 
@@ -232,6 +242,8 @@ class ClusterConfig(_Section):
     others' TPOT."""
     admission: AdmissionConfig = Field(default_factory=AdmissionConfig)
     """Who waits in front of the replicas, and who is refused."""
+    routing: RoutingConfig = Field(default_factory=RoutingConfig)
+    """How a replica is chosen for a request."""
     controller: ControllerConfig = Field(default_factory=ControllerConfig)
     """Targets of every replica."""
 

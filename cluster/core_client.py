@@ -40,6 +40,7 @@ from cluster.bench.report import Slo
 from cluster.door import Door
 from cluster.engine_slots import EngineSlots
 from cluster.output_inbox import OutputInbox
+from cluster.prediction import PredictionError
 from cluster.prompt_prefix import prefix_ids, prompt_length
 from cluster.request_slo import CURRENT, Part
 from cluster.route import Route
@@ -88,7 +89,12 @@ class CoreResources:
 
 
 class ClusterCore:
-    """The replicas of one model as one engine core. Belongs to the event loop it is built on."""
+    """The replicas of one model as one engine core. Belongs to the event loop it is built on.
+
+    Attributes:
+        reachable: replicas that answered the last poll; retried: requests sent again before their first token.
+        ttft_error, tpot_error: of what the router has predicted.
+    """
 
     def __init__(
         self,
@@ -112,6 +118,7 @@ class ClusterCore:
         self.engine_ranks_managed = list(range(replicas))
         self.reachable = replicas
         self.retried = 0
+        self.ttft_error, self.tpot_error = PredictionError(), PredictionError()
         self._model = model
         self._handle = handle
         self._generate = handle.options(method_name="generate")
@@ -270,8 +277,14 @@ class ClusterCore:
                 relay.route.failed()
             relay.route.ended(len(relay.token_ids))
         if relay.finished:
+            self._check_prediction(relay.part, relay.route)
             return None
         return error or RuntimeError(relay.fault or "the replica ended the request early")
+
+    def _check_prediction(self, part: Part, route: Route) -> None:
+        self.ttft_error.observe(route.predicted_ttft_s, part.first_s - route.chosen_s)
+        if part.tokens > 1:
+            self.tpot_error.observe(route.predicted_tpot_s, part.tpot_s)
 
     @staticmethod
     def _was_cancelled(relay: Relay) -> bool:

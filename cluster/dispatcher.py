@@ -5,19 +5,46 @@
     route.first_token(), failed(), ended() --> news          by the core, read with the next choice
 
 A request counts on its replica from the choice to its end, so that requests which choose at the same moment do not all
-see the same idle replica.
+see the same idle replica. Where latency cannot be predicted, because no engine has reported lately what its steps take,
+the load decides.
 """
 
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
+from cluster.bench.report import Slo
 from cluster.fleet_view import FleetView, ReplicaReport
-from cluster.prediction import Traffic
+from cluster.prediction import EngineWords, Predictor, Traffic, common_predictor
+from cluster.prefix_index import PrefixIndex
+from cluster.prompt_prefix import PREFIX_TOKENS
 from cluster.route import News, Route, RouteEvent, Standing
-from cluster.routing_policy import Load, Ranking, RouteRequest, RoutingPolicy
+from cluster.routing_policy import Load, PredictedLatency, Ranking, RouteRequest, RoutingPolicy
 
 _UNKNOWN = RouteRequest(1)
+_PREFIX_BLOCKS = 4096
+"""Prefix blocks that a replica is taken to keep until it has reported its size."""
+
+
+@dataclass(frozen=True)
+class RoutingSettings:
+    """Plain values: they reach the router as JSON.
+
+    Attributes:
+        routers: processes that route requests of the same model.
+        ttft_ms, tpot_ms: targets of a request that has none of its own.
+    """
+
+    policy: Literal["predicted", "load"] = "predicted"
+    routers: int = 1
+    ttft_ms: float = 2000.0
+    tpot_ms: float = 200.0
+
+
+class Report(ReplicaReport, EngineWords, Protocol):
+    """Of a replica: ``cluster.cluster_view.EnginePressure`` is one."""
 
 
 class Dispatcher:
@@ -27,30 +54,50 @@ class Dispatcher:
         fleet: what it knows of the replicas.
     """
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, settings: RoutingSettings, rng: random.Random) -> None:
         self.fleet = FleetView()
-        self._traffic = Traffic()
-        self._load = Load(rng)
+        self._traffic = Traffic(routers=settings.routers)
+        self._index = PrefixIndex(_PREFIX_BLOCKS)
+        self._predictor: Predictor | None = None
+        self._predicts = settings.policy == "predicted"
+        self._taken_s = -math.inf
+        self._load = Load(rng, settings.routers)
+        self._predicted = PredictedLatency(
+            self._known_predictor,
+            self._traffic,
+            self._index,
+            PREFIX_TOKENS,
+            rng,
+            settings.routers,
+            Slo(settings.ttft_ms, settings.tpot_ms),
+        )
         self._news: News = News()
         self._standings: dict[str, Standing] = {}
         self._placed: dict[Route, int] = {}
         """Routes that count on a replica, with the tokens that they have pending there."""
 
-    def look_at(self, replicas: Sequence[str], reports: Mapping[str, ReplicaReport], taken_s: float) -> None:
+    def look_at(self, replicas: Sequence[str], reports: Mapping[str, Report], taken_s: float) -> None:
         """Bring the fleet up to date: who is there, and the newest reports, whose ages count from ``taken_s``."""
         self._hear()
         ids = sorted(replicas)  # so that rows stay while the replicas do
         if ids != self.fleet.ids:
+            before = self.fleet.index
             self.fleet.keep(ids)
+            self._index.move({before[one]: row for one, row in self.fleet.index.items() if one in before})
             self._standings = {one: self._standings.get(one) or Standing(one) for one in ids}
-        self.fleet.take(reports, taken_s)
+        if taken_s != self._taken_s:
+            self._taken_s = taken_s
+            self.fleet.take(reports, taken_s)
+            self._predictor = common_predictor([reports[one] for one in ids if one in reports])
+            if self.fleet.kv_tokens.any():
+                self._index.most = max(1, int(self.fleet.kv_tokens.max()) // PREFIX_TOKENS)
 
     def choose(self, route: Route | None, now_s: float) -> list[str]:
         """All replicas, best first; a route counts on the best of them from here on."""
         if not len(self.fleet):
             return []
         request = route.request if route is not None else _UNKNOWN
-        policy = self._policy()
+        policy = self._policy(now_s)
         ranking = policy.rank(request, self.fleet, now_s)
         order = ranking.order()
         if route is not None:
@@ -86,8 +133,13 @@ class Dispatcher:
             standing.silent_since_s = min(standing.silent_since_s, since_s)
             self.fleet.failed(row, now_s)
 
-    def _policy(self) -> RoutingPolicy:
-        return self._load
+    def _policy(self, now_s: float) -> RoutingPolicy:
+        known = self._predicts and self._predictor is not None and self.fleet.fresh(now_s).any()
+        return self._predicted if known else self._load
+
+    def _known_predictor(self) -> Predictor:
+        assert self._predictor is not None  # ``_policy`` has looked
+        return self._predictor
 
     def _place(self, route: Route, row: int, ranking: Ranking | None, now_s: float) -> None:
         """Count the route on a replica; ranking: by which that was chosen, None where Ray Serve has chosen."""

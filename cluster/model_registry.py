@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from cluster.app import ApiModel
+from cluster.app import ApiModel, routing_settings
 from cluster.config import ClusterConfig, ModelConfig
 from cluster.device import device_named
 from cluster.model_keeper import ModelKeeper
@@ -72,7 +72,7 @@ class ModelRegistry:
 
     async def __init__(self, spec: RegistrySpec, initial: ModelSet) -> None:  # type: ignore[misc]  # Ray awaits it
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-        fleet = ServeFleet(spec.cluster_id, spec.device)
+        fleet = ServeFleet(spec.cluster_id, spec.device, routing_settings(spec.config))
         device = device_named(spec.device)
         self._keeper = ModelKeeper(spec.path, initial, spec.config, fleet, device=device)
         self._revision = time.time_ns()

@@ -8,11 +8,13 @@ A prediction is compared with what came, and ``PredictionError`` keeps how far o
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from cluster.fleet_view import FleetView, Floats
+from cluster.fleet_view import STALE_AFTER_S, FleetView, Floats
 from replicas.step_time import StepTime
 
 _MOST_BUSY = 0.9
@@ -26,11 +28,13 @@ class Traffic:
     Attributes:
         prompt_tokens: to compute, without what is found in a prefix cache; output_tokens: likewise.
         prompt_rate: prompt tokens a second that a replica gets.
+        routers: that send as much as this one.
     """
 
     prompt_tokens: float = 512.0
     output_tokens: float = 128.0
     prompt_rate: float = 0.0
+    routers: int = 1
     _last_s: float = -math.inf
 
     _MEMORY = 0.99
@@ -40,7 +44,7 @@ class Traffic:
         """A prompt with ``tokens`` to compute went to one of ``replicas``."""
         self.prompt_tokens += (1 - self._MEMORY) * (tokens - self.prompt_tokens)
         self.prompt_rate *= math.exp(-max(0.0, now_s - self._last_s) / self._RATE_MEMORY_S)
-        self.prompt_rate += tokens / max(replicas, 1) / self._RATE_MEMORY_S
+        self.prompt_rate += tokens * self.routers / max(replicas, 1) / self._RATE_MEMORY_S
         self._last_s = now_s
 
     def answered(self, tokens: int) -> None:
@@ -96,6 +100,33 @@ class Predictor:
         return Predicted(ttft, tpot, own_s)
 
 
+class EngineWords(Protocol):
+    """What an engine tells of itself: ``cluster.cluster_view.EnginePressure`` is one."""
+
+    @property
+    def age_s(self) -> float: ...
+    @property
+    def step_time(self) -> StepTime | None: ...
+    @property
+    def max_num_seqs(self) -> int: ...
+    @property
+    def max_num_batched_tokens(self) -> int: ...
+
+
+def common_predictor(engines: Iterable[EngineWords]) -> Predictor | None:
+    """For a model whose engines these are: step times are the mean of those that have learned theirs and have reported
+    lately. None where there is none."""
+    learned = [(one, one.step_time) for one in engines if one.step_time is not None and one.age_s <= STALE_AFTER_S]
+    if not learned:
+        return None
+    parts = np.mean([step_time.parts for _, step_time in learned], axis=0)
+    return Predictor(
+        StepTime(*(float(part) for part in parts)),
+        chunk=max(1, *(one.max_num_batched_tokens for one, _ in learned)),
+        active=max(1, *(one.max_num_seqs for one, _ in learned)),
+    )
+
+
 class PredictionError:
     """How far predictions are off: of what was predicted over what came, as logarithms, so that twice and half weigh
     alike.
@@ -119,6 +150,15 @@ class PredictionError:
         # A reservoir of every k-th keeps the median exact enough without keeping all.
         if self.count % max(1, self.count // 10_000) == 0:
             self._absolute.append(abs(error))
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """JSON-ready; None before the first."""
+        known = self.count > 0
+        return {
+            "count": self.count,
+            "median_error": round(self.median, 4) if known else None,
+            "bias": round(self.bias, 4) if known else None,
+        }
 
     @property
     def bias(self) -> float:

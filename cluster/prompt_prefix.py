@@ -7,13 +7,16 @@ What vLLM keeps apart in its prefix cache is kept apart here: prompts under anot
 something inside this process alone. A prompt of 8,192 tokens takes 0.05 ms.
 """
 
-from vllm.v1.engine import EngineCoreRequest
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreRequest
 
 PREFIX_TOKENS = 128
 """Tokens that one id adds: a multiple of the usual sizes of a KV block."""
 
 
-def prefix_ids(request: EngineCoreRequest) -> tuple[int, ...]:
+def prefix_ids(request: "EngineCoreRequest") -> tuple[int, ...]:
     """One id for each whole run of PREFIX_TOKENS; none where the prompt is not of tokens alone."""
     tokens = request.prompt_token_ids
     if tokens is None or request.prompt_embeds is not None or request.mm_features:
@@ -27,7 +30,7 @@ def prefix_ids(request: EngineCoreRequest) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def prompt_length(request: EngineCoreRequest) -> int:
+def prompt_length(request: "EngineCoreRequest") -> int:
     """Tokens of the prompt, at least 1."""
     if request.prompt_token_ids is not None:
         return max(1, len(request.prompt_token_ids))

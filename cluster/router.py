@@ -11,7 +11,7 @@ from typing import Any
 from ray.exceptions import RayError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from cluster.dispatcher import Dispatcher
+from cluster.dispatcher import Dispatcher, RoutingSettings
 from cluster.pressure_view import PressureFollower
 from cluster.route import Route
 
@@ -36,8 +36,9 @@ class PressureRouter(RequestRouter):
     its queue's length, to leave out soon those that do not answer."""
 
     def initialize_state(self, **kwargs: Any) -> None:
+        """kwargs: fields of ``RoutingSettings``."""
         self._follower = PressureFollower()
-        self._dispatcher = Dispatcher(random.Random())
+        self._dispatcher = Dispatcher(RoutingSettings(**kwargs), random.Random())
         self._asking: asyncio.Task[None] | None = None
 
     def create_replica_wrapper(self, replica_info: Any) -> RunningReplica:

@@ -21,7 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from cluster.bench.report import Slo
-from cluster.fleet_view import FleetView, Floats
+from cluster.fleet_view import Bools, FleetView, Floats
 from cluster.prediction import Predicted, Predictor, Traffic
 from cluster.prefix_index import PrefixIndex
 from memory_agent.reports import PressureLevel
@@ -201,10 +201,12 @@ class Load(_Blind):
 
     The engines' counts lag by up to a report's age but include what other routers have sent; the local count knows what
     was sent a moment ago. The larger of both misses least. What is not fresh is not believed: the local count is left.
+    Of ``routers`` that see the same reports each looks at a part of the replicas, as in ``PredictedLatency``.
     """
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, routers: int = 1) -> None:
         self._noise = np.random.default_rng(rng.getrandbits(64))
+        self._routers = routers
 
     def rank(self, request: RouteRequest, fleet: FleetView, now_s: float) -> Ranking:
         fresh = fleet.fresh(now_s)
@@ -213,6 +215,7 @@ class Load(_Blind):
         load = np.maximum(fleet.in_flight, reported) + PRESSURE_PENALTY[level]
         ties = 1e-3 * np.minimum(fleet.in_flight, 500.0) + 1e-4 * self._noise.random(len(fleet))
         last = SATURATED * (level == PressureLevel.CRITICAL) + LEFT_OUT * fleet.left_out(now_s)
+        last += SATURATED / 2 * _overlooked(self._noise, len(fleet), self._routers)
         return Ranking(
             load + ties + last, lambda row: f"load {load[row]:.0f}, pressure {PressureLevel(level[row]).name}"
         )
@@ -222,15 +225,12 @@ class PredictedLatency:
     """The least predicted share of the request's targets, and cost to those who are there.
 
     A target that is missed counts ``_MISS`` times what is beyond it. A replica without a fresh report counts as
-    saturated, as
-    does one under CRITICAL pressure. Of ``routers`` that see the same reports, each looks at that part of the replicas,
-    drawn anew for each request, so that the best one is found by one of them on average and not by all at once;
-    replicas
-    that hold the request's prefix are always looked at.
+    saturated, as does one under CRITICAL pressure. Of ``routers`` that see the same reports, each looks at that part of
+    the replicas, drawn anew for each request, so that the best one is found by one of them on average and not by all at
+    once; replicas that hold the request's prefix are always looked at. ``default``: targets of requests without.
     """
 
     _MISS = 4.0
-    _DEFAULT = Slo(ttft_ms=2000.0, tpot_ms=100.0)
 
     def __init__(
         self,
@@ -240,9 +240,11 @@ class PredictedLatency:
         block_tokens: int,
         rng: random.Random,
         routers: int = 1,
+        default: Slo | None = None,
     ) -> None:
         self._predictor, self._traffic, self._index = predictor, traffic, index
         self._block_tokens, self._routers = block_tokens, routers
+        self._default = default or Slo(ttft_ms=2000.0, tpot_ms=100.0)
         self._noise = np.random.default_rng(rng.getrandbits(64))
 
     def rank(self, request: RouteRequest, fleet: FleetView, now_s: float) -> Ranking:
@@ -250,8 +252,8 @@ class PredictedLatency:
         predictor = self._predictor()
         seconds = predictor.predict(fleet, request.prompt_tokens, hits, self._traffic)
         slo = request.slo
-        ttft_target_s = (slo.ttft_ms or self._DEFAULT.ttft_ms or 1.0) / 1000
-        tpot_target_s = (slo.tpot_ms or self._DEFAULT.tpot_ms or 1.0) / 1000
+        ttft_target_s = (slo.ttft_ms or self._default.ttft_ms or 1.0) / 1000
+        tpot_target_s = (slo.tpot_ms or self._default.tpot_ms or 1.0) / 1000
         ttft, tpot = seconds.ttft_s / ttft_target_s, seconds.tpot_s / tpot_target_s
         own = _cost(ttft, self._MISS) + _cost(tpot, self._MISS)
         # Those who run lose the time of this prompt once, and that of one more row with every token.
@@ -263,8 +265,7 @@ class PredictedLatency:
         unfit = ~fleet.fresh(now_s) | (fleet.level == PressureLevel.CRITICAL)
         scores = own + others + SATURATED * unfit + LEFT_OUT * fleet.left_out(now_s)
         scores += 1e-9 * self._noise.random(len(fleet))
-        if self._routers > 1:
-            scores += SATURATED / 2 * (self._noise.random(len(fleet)) > self._share(len(fleet))) * (hits <= 0)
+        scores += SATURATED / 2 * _overlooked(self._noise, len(fleet), self._routers) * (hits <= 0)
 
         def reason(row: int) -> str:
             return (
@@ -284,9 +285,14 @@ class PredictedLatency:
         hits = self._index.matches(request.prefix, rows) * self._block_tokens
         return np.minimum(hits, request.prompt_tokens - 1.0)
 
-    def _share(self, replicas: int) -> float:
-        """At least two are looked at on average."""
-        return max(1 / self._routers, 2 / replicas)
+
+def _overlooked(noise: np.random.Generator, replicas: int, routers: int) -> Bools:
+    """Replicas that one of ``routers`` does not look at this time: each looks at its part, two at least, so that the
+    best one is found by one of them on average and not by all at once."""
+    overlooked = np.zeros(replicas, dtype=bool)
+    if routers > 1:
+        overlooked[noise.permutation(replicas)[max(2, -(-replicas // routers)) :]] = True
+    return overlooked
 
 
 def _cost(share: Floats, weight: float) -> Floats:

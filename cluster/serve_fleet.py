@@ -14,6 +14,7 @@ from ray.serve.schema import ApplicationStatusOverview
 
 from cluster.app import API_DEPLOYMENT, APP_NAME, MODEL_APPS, build_model_app, model_app_name
 from cluster.device import device_named
+from cluster.dispatcher import RoutingSettings
 from cluster.launch_error import root_cause
 from cluster.model_keeper import FleetAwayError
 from cluster.model_plan import AppState, IngressState
@@ -33,8 +34,8 @@ class ServeFleet:
     """Implements ``cluster.model_keeper.Fleet``. Without the API's application it counts as away: before the cluster is
     started, and when it is being stopped."""
 
-    def __init__(self, cluster_id: str, device: str) -> None:
-        self._cluster_id, self._device = cluster_id, device
+    def __init__(self, cluster_id: str, device: str, routing: RoutingSettings) -> None:
+        self._cluster_id, self._device, self._routing = cluster_id, device, routing
         self._agent: Any = None
         self._api: DeploymentHandle[Any] | None = None
         self._deletions: dict[str, asyncio.Task[None]] = {}
@@ -52,7 +53,7 @@ class ServeFleet:
     async def deploy(self, entry: ModelEntry, models: ModelSet) -> None:
         # Where no model is elastic there is no budget, and no agent's specification either.
         agent_spec = self._agent_spec(models) if entry.spec.elastic else None
-        app = build_model_app(entry.spec, entry.config, models.replicas, agent_spec)
+        app = build_model_app(entry.spec, entry.config, models.replicas, agent_spec, self._routing)
         target = serve.RunTarget(app, name=model_app_name(entry.name), route_prefix=None)
         await _in_thread(lambda: serve.run_many([target], wait_for_applications_running=False))
 

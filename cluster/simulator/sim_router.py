@@ -63,7 +63,7 @@ class SimRouter:
         index = PrefixIndex(max(1, kv_tokens // prefix_tokens))
         makers: dict[str, Callable[[], RoutingPolicy]] = {
             "predicted": lambda: PredictedLatency(predictor, self.traffic, index, prefix_tokens, rng, routers),
-            "load": lambda: Load(rng),
+            "load": lambda: Load(rng, routers),
             "round-robin": RoundRobin,
             "random": lambda: Random(rng),
             "power-of-two": lambda: PowerOfTwo(rng),

@@ -26,6 +26,7 @@ from cluster.door import Door
 from cluster.ingress import vllm_args
 from cluster.model_table import ModelTable, ServedModel
 from cluster.models_api import RegistryAwayError
+from cluster.prediction import PredictionError
 from cluster.slo_layer import SloLayer
 from cluster.slo_ledger import SloLedger
 from cluster.slo_reports import SloReports
@@ -60,7 +61,17 @@ def served(name: str) -> ServedModel:
         return SimpleNamespace(data=[SimpleNamespace(model_dump=lambda: {"id": name})])
 
     app.state.openai_serving_models = SimpleNamespace(show_available_models=show_available_models)
-    core = SimpleNamespace(reachable=1, in_flight=2, retried=3, door=Door(), replica_numbers={0: "r"})
+    error = PredictionError()
+    error.observe(2.0, 1.0)
+    core = SimpleNamespace(
+        reachable=1,
+        in_flight=2,
+        retried=3,
+        door=Door(),
+        replica_numbers={0: "r"},
+        ttft_error=error,
+        tpot_error=PredictionError(),
+    )
     engine: Any = SimpleNamespace(engine_core=core, shutdown=lambda: None)
 
     async def close() -> None:
@@ -221,6 +232,8 @@ async def test_status_is_the_snapshot_or_a_reason(two: httpx.AsyncClient, monkey
     monkeypatch.setattr(cluster.api, "read_models", models)
     shown = (await two.get("/ellm/status")).json()
     assert (shown["nodes"], shown["models"], shown["slo"]["ingresses"]) == ([], [{"name": "small"}], 1)
+    assert shown["predictions"]["small"]["ttft"] == {"count": 1, "median_error": 1.0, "bias": 1.0}
+    assert shown["predictions"]["large"]["tpot"]["median_error"] is None
     monkeypatch.setattr(cluster.api, "read_models", no_models)
     assert (await two.get("/ellm/status")).json()["models"] is None
     monkeypatch.setattr(cluster.api, "read_snapshot", away)
@@ -235,7 +248,9 @@ async def test_metrics_name_every_model(two: httpx.AsyncClient) -> None:
     assert answer.headers["content-type"].startswith("text/plain")
     for name in ("small", "large"):
         assert f'ellm_replicas_reachable{{model_name="{name}"}} 1.0' in answer.text
+        assert f'ellm_predicted_ttft_error_ratio{{model_name="{name}"}} 1.0' in answer.text
         assert f'ellm_requests_retried_total{{model_name="{name}"}} 3.0' in answer.text
+    assert "ellm_predicted_tpot_error_ratio{" not in answer.text  # nothing was predicted that can be compared
 
 
 def test_equal_families_are_merged() -> None:

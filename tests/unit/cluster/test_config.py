@@ -55,6 +55,7 @@ def test_a_misspelt_key_is_refused_with_its_neighbour() -> None:
         ("memory: {budget: 3 apples}", "memory.budget", "'3 apples'", '"2GiB"'),
         ("memory: {budget: -1}", "memory.budget", "-1 (a number)", "greater than or equal to 1"),
         ("http: {port: 99999}", "http.port", "99999 (a number)", "65535"),
+        ("routing: {policy: fastest}", "routing.policy", "'fastest'", "'predicted' or 'load'"),
         ("http: 80", "http", "80 (a number)", "HttpConfig"),
         ("slo: [{name: a, ttft_ms: 0}]", "slo[0].ttft_ms", "0 (a number)", "greater than 0"),
         ("models: 3", "models", "3 (a number)", "list"),

@@ -1,6 +1,7 @@
 """The replicas as one engine core, with replicas that follow scripts."""
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from http import HTTPStatus
@@ -223,6 +224,23 @@ async def test_the_router_hears_what_a_request_is(make_core: MakeCore) -> None:
     await until(lambda: bool(handle.calls))
     asks = handle.calls[0].route.request
     assert (asks.prompt_tokens, len(asks.prefix)) == (300, 2)
+
+
+async def test_predictions_are_held_against_what_came(make_core: MakeCore) -> None:
+    """A request whose latency was predicted is measured at its end; one without a prediction, or a second token for
+    TPOT, is not."""
+    handle = FakeHandle([[4, 5, 6, "finish"], [4, "finish"], [4, 5, "finish"]])
+    core = await make_core(handle)
+    for number, predicted_s in enumerate((1e6, 1e6, math.nan)):
+        await core.add_request_async(request(str(number)))
+        await until(lambda number=number: len(handle.calls) > number)  # type: ignore[misc]
+        route = handle.calls[-1].route
+        route.chosen_s = time.monotonic() - 1.0
+        route.predicted_ttft_s = route.predicted_tpot_s = predicted_s
+        await outputs_until(core, ended())
+        await until(lambda: core.in_flight == 0)
+    assert (core.ttft_error.count, core.tpot_error.count) == (2, 1)
+    assert core.ttft_error.bias > 1000
 
 
 @pytest.mark.parametrize("end", [died(), "end", "cancel", BackPressureError(1, 1), task_error()])

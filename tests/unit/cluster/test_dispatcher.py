@@ -3,21 +3,26 @@
 import math
 import pickle
 import random
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from cluster.cluster_view import EnginePressure
-from cluster.dispatcher import Dispatcher
+from cluster.dispatcher import Dispatcher, RoutingSettings
+from cluster.fleet_view import STALE_AFTER_S
+from cluster.prompt_prefix import PREFIX_TOKENS
 from cluster.route import Route
 from cluster.routing_policy import RouteRequest
 from memory_agent.reports import PressureLevel
+from replicas.step_time import StepTime
 
 NOW_S = 100.0
 
 
 @pytest.fixture
 def dispatcher() -> Dispatcher:
-    return Dispatcher(random.Random(0))
+    return Dispatcher(RoutingSettings(), random.Random(0))
 
 
 def route(tokens: int = 100, prefix: tuple[int, ...] = ()) -> Route:
@@ -159,3 +164,94 @@ def test_without_replicas_there_is_no_choice(dispatcher: Dispatcher) -> None:
 def test_a_route_stays_in_its_process() -> None:
     """What travels to the replica in its place is None."""
     assert pickle.loads(pickle.dumps(route())) is None
+
+
+LEARNED = EnginePressure(
+    PressureLevel.NORMAL,
+    kv_usage=0.0,
+    demand_ratio=0.0,
+    running=4,
+    waiting=0,
+    age_s=0.0,
+    kv_tokens=100_000,
+    max_num_seqs=64,
+    max_num_batched_tokens=2048,
+    step_time=StepTime(0.01, 1e-4, 1e-7, 1e-4, 0.0),
+)
+"""An engine that has learned what its steps take."""
+
+
+def with_reports(settings: RoutingSettings, seed: int = 0, ids: str = "ab", **running: int) -> Dispatcher:
+    """All replicas have reported, four requests running but where ``running`` says otherwise."""
+    one = Dispatcher(settings, random.Random(seed))
+    reports = {name: replace(LEARNED, running=running.get(name, 4)) for name in ids}
+    one.look_at(list(ids), reports, NOW_S)
+    return one
+
+
+PROMPT = tuple(range(20))
+
+
+def test_a_prompt_goes_where_its_beginning_has_been_computed() -> None:
+    """Shared prefixes meet, though the replica is a little busier for it; other prompts go elsewhere."""
+    one = with_reports(RoutingSettings())
+    first = route(20 * PREFIX_TOKENS, PROMPT)
+    home = one.choose(first, NOW_S)[0]
+    away = "b" if home == "a" else "a"
+    assert one.choose(route(20 * PREFIX_TOKENS, (99, 98)), NOW_S)[0] == away
+    first.first_token()
+    one.look_at(one.fleet.ids, {}, NOW_S)
+    again = route(21 * PREFIX_TOKENS, (*PROMPT, 77))
+    assert one.choose(again, NOW_S)[0] == home
+    assert again.tokens == PREFIX_TOKENS
+    assert again.predicted_ttft_s < first.predicted_ttft_s
+    assert 0 < again.predicted_tpot_s < 1
+
+
+def test_prefixes_stay_with_their_replicas_when_others_come_and_go() -> None:
+    """A new replica that sorts before all others takes nobody's cache."""
+    one = with_reports(RoutingSettings())
+    home = one.choose(route(20 * PREFIX_TOKENS, PROMPT), NOW_S)[0]
+    reports = {name: replace(LEARNED, age_s=-0.1) for name in "ABab"}
+    one.look_at(["B", "A", "b", "a"], reports, NOW_S + 0.1)
+    assert one.choose(route(20 * PREFIX_TOKENS, PROMPT), NOW_S)[0] == home
+    one.look_at([name for name in "ABab" if name != home], reports, NOW_S + 0.1)
+    fresh = route(20 * PREFIX_TOKENS, PROMPT)
+    one.choose(fresh, NOW_S)
+    assert fresh.tokens == 20 * PREFIX_TOKENS
+
+
+@pytest.mark.parametrize("why", ["load is configured", "nobody has learned", "reports are old"])
+def test_where_nothing_is_predicted_load_decides(why: str) -> None:
+    """Traffic goes on by load alone when prediction is off, or the controller and with it the reports are gone."""
+    settings = RoutingSettings(policy="load" if why == "load is configured" else "predicted")
+    one = Dispatcher(settings, random.Random(0))
+    report = replace(LEARNED, running=0, step_time=None) if why == "nobody has learned" else replace(LEARNED, running=0)
+    one.look_at(["a", "b"], {"a": report, "b": report}, NOW_S)
+    now_s = NOW_S + (STALE_AFTER_S + 1 if why == "reports are old" else 0)
+    chosen = [route(20 * PREFIX_TOKENS, PROMPT) for _ in range(6)]
+    assert Counter(one.choose(each, now_s)[0] for each in chosen) == {"a": 3, "b": 3}
+    assert all(math.isnan(each.predicted_ttft_s) for each in chosen)
+
+
+@pytest.mark.parametrize("policy", ["predicted", "load"])
+def test_many_routers_do_not_herd_to_one_replica(policy: str) -> None:
+    """Forty processes have the same snapshot, in which one of forty replicas is idle: it gets some of the requests that
+    come at that moment and not all, while a process alone sends it the first."""
+    ids = "".join(chr(ord("0") + n) for n in range(40))
+    settings = RoutingSettings(policy=policy, routers=40)  # type: ignore[arg-type]
+    routers = [with_reports(settings, seed, ids, **{"7": 0}) for seed in range(40)]
+    share = Counter(one.choose(route(1000), NOW_S)[0] for one in routers)
+    assert max(share.values()) <= 8
+    alone = with_reports(replace(settings, routers=1), 0, ids, **{"7": 0})
+    assert alone.choose(route(1000), NOW_S)[0] == "7"
+
+
+def test_requests_without_targets_have_those_of_the_settings() -> None:
+    """A busy replica that holds the prompt is good enough for patient requests, and not for hasty ones."""
+    chosen = {}
+    for tpot_ms in (11.0, 10_000.0):
+        one = with_reports(RoutingSettings(ttft_ms=1000.0, tpot_ms=tpot_ms), a=40, b=0)
+        one._index.insert(PROMPT, one.fleet.index["a"])
+        chosen[tpot_ms] = one.choose(route(20 * PREFIX_TOKENS, PROMPT), NOW_S)[0]
+    assert chosen == {11.0: "b", 10_000.0: "a"}

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from cluster.fleet_view import FleetView
-from cluster.prediction import PredictionError, Predictor, Traffic
+from cluster.cluster_view import EnginePressure
+from cluster.fleet_view import STALE_AFTER_S, FleetView
+from cluster.prediction import PredictionError, Predictor, Traffic, common_predictor
+from memory_agent.reports import PressureLevel
 from replicas.step_time import StepTime, StepWork, prompt_pairs
 
 STEP = StepTime(step_s=0.01, row_s=1e-4, kv_token_s=1e-7, token_s=1e-4, pair_s=1e-9)
@@ -31,6 +33,32 @@ def test_a_request_without_a_place_waits_for_one() -> None:
     assert seconds.ttft_s[0] - seconds.ttft_s[1] > 100 * STEP.step_s / 4
 
 
+def words(step_time: StepTime | None, age_s: float = 0.0, **settings: int) -> EnginePressure:
+    return EnginePressure(PressureLevel.NORMAL, 0.0, 0.0, 0, 0, age_s, step_time=step_time, **settings)
+
+
+def test_what_is_common_is_the_mean_of_those_who_know() -> None:
+    """Engines that have learned nothing yet, or have not reported lately, say nothing; where all are such, nobody
+    does."""
+    slow = StepTime(0.03, 3e-4, 3e-7, 3e-4, 3e-9)
+    known = [words(STEP, max_num_seqs=64, max_num_batched_tokens=512), words(slow, max_num_batched_tokens=2048)]
+    silent = [words(None, max_num_seqs=999), words(StepTime(9.0), age_s=STALE_AFTER_S + 1)]
+    common = common_predictor([*known, *silent])
+    assert common is not None
+    assert common.step_time.parts == pytest.approx(StepTime(0.02, 2e-4, 2e-7, 2e-4, 2e-9).parts)
+    assert (common.chunk, common.active) == (2048, 64)
+    assert common_predictor(silent) is None
+
+
+def test_several_routers_count_for_the_rate_of_a_replica() -> None:
+    """What one of them sees is a part of what a replica gets."""
+    alone, one_of_three = Traffic(), Traffic(routers=3)
+    for traffic in (alone, one_of_three):
+        traffic.sent(600, replicas=2, now_s=10.0)
+    assert one_of_three.prompt_rate == pytest.approx(3 * alone.prompt_rate)
+    assert one_of_three.prompt_tokens == alone.prompt_tokens
+
+
 def test_traffic_follows_what_comes() -> None:
     """Averages move to what recent requests are like, and the rate to what a replica gets."""
     traffic = Traffic()
@@ -50,6 +78,8 @@ def test_errors_twice_and_half_weigh_alike() -> None:
         error.observe(0.5, 1.0)
     assert error.median == pytest.approx(1.0)
     assert error.bias == pytest.approx(0.0)
+    assert error.to_json() == {"count": 20, "median_error": 1.0, "bias": 0.0}
+    assert PredictionError().to_json() == {"count": 0, "median_error": None, "bias": None}
 
 
 @pytest.mark.parametrize(("predicted", "actual"), [(math.nan, 1.0), (1.0, math.nan), (0.0, 1.0), (1.0, -1.0)])
