@@ -77,8 +77,8 @@ def plan_addition(
     """
     engine = EngineSizes(model, facts, config.memory, config.slo[0], device)
     check_guarantee(engine)
-    fixed = model.replicas * engine.fixed_bytes
-    promised = model.replicas * engine.guarantee_bytes if model.elastic else 0
+    fixed = model.most_replicas * engine.fixed_bytes
+    promised = model.most_replicas * engine.guarantee_bytes if model.elastic else 0
     grows = config.memory.budget is None
     missing = max(0, promised - room.unpromised_bytes(engine)) if model.elastic else 0
     if fixed + (missing if grows else 0) > room.spare_bytes:
@@ -99,8 +99,8 @@ def _too_little(engine: EngineSizes, room: Room, grows: bool) -> str:
     unpromised = room.unpromised_bytes(engine)
     options = []
     if replicas := _most_replicas(engine, spare, unpromised, grows):
-        options.append(f"set replicas to {replicas}")
-    left = spare - model.replicas * engine.fixed_bytes
+        options.append(f"set {'max_replicas' if model.scales else 'replicas'} to {replicas}")
+    left = spare - model.most_replicas * engine.fixed_bytes
     tokens = longest_request([engine], left + unpromised) if grows and model.elastic and left >= 0 else 0
     if tokens > 0:
         options.append(f"set max_model_len to at most {tokens}")
@@ -110,7 +110,7 @@ def _too_little(engine: EngineSizes, room: Room, grows: bool) -> str:
         else "Not even one replica fits: remove another model, free memory, or add a smaller one."
     )
     return (
-        f"too little memory for {model.name}: {model.replicas} x {gib(engine.fixed_bytes + kv)} are needed, for "
+        f"too little memory for {model.name}: {model.most_replicas} x {gib(engine.fixed_bytes + kv)} are needed, for "
         f"process, weights and one longest request; {gib(spare)} are free beside what the running models may take "
         f"({gib(room.budget_bytes)} of budget, {gib(max(0, unpromised))} of it promised to none). {remedy}"
     )
@@ -124,20 +124,20 @@ def _most_replicas(engine: EngineSizes, spare: int, unpromised: int, grows: bool
         missing = max(0, promised - unpromised) if engine.model.elastic else 0
         return replicas * engine.fixed_bytes + (missing if grows else 0) <= spare and (grows or missing == 0)
 
-    return next((replicas for replicas in range(engine.model.replicas - 1, 0, -1) if fits(replicas)), 0)
+    return next((replicas for replicas in range(engine.model.most_replicas - 1, 0, -1) if fits(replicas)), 0)
 
 
 def _over_budget(engine: EngineSizes, room: Room) -> str:
     model, unpromised = engine.model, room.unpromised_bytes(engine)
     options = []
     if replicas := _most_replicas(engine, max(0, room.spare_bytes), unpromised, grows=False):
-        options.append(f"set replicas to {replicas}")
+        options.append(f"set {'max_replicas' if model.scales else 'replicas'} to {replicas}")
     if (tokens := longest_request([engine], unpromised)) > 0:
         options.append(f"set max_model_len to at most {tokens}")
     options.append("lower the guarantee of another model, or remove it")
     return (
         f"memory.budget is {mib(room.budget_bytes)}, of which {mib(room.guaranteed_bytes)} are promised, and the start "
         f"of an engine needs {mib(room.budget_bytes - room.guaranteed_bytes - unpromised)}; "
-        f"{model.replicas} x {mib(engine.guarantee_bytes)} for {model.name} do not fit into the rest. "
+        f"{model.most_replicas} x {mib(engine.guarantee_bytes)} for {model.name} do not fit into the rest. "
         f"What would fit: {'; or '.join(options)}."
     )

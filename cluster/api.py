@@ -14,6 +14,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -33,6 +34,9 @@ from cluster.models_api import RegistryAwayError, model_routes, read_models
 from cluster.slo_layer import SloLayer
 from cluster.slo_ledger import SloReport, to_json
 
+WAKE_TIMEOUT_S = 120.0
+"""A request waits for the first replica of a model so long, at most."""
+WAKE_RETRY_S = 15
 ALL_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
@@ -50,7 +54,8 @@ def build_api(
     """
 
     async def health(request: Request) -> Response:
-        away = [model.name for model in table.routed if model.engine.engine_core.reachable == 0]
+        cores = {model.name: model.engine.engine_core for model in table.routed}
+        away = [name for name, core in cores.items() if core.reachable == 0 and not core.rests]
         if table.routed and not away:
             return Response()
         what = f"no replica of {', '.join(away)} is reachable now" if away else "no model is served yet"
@@ -61,8 +66,9 @@ def build_api(
         return JSONResponse({"object": "list", "data": [card.model_dump() for cards in lists for card in cards.data]})
 
     async def status(request: Request) -> Response:
-        """The controller's snapshot, with the registry's models, how requests have fared, and the errors of this process's
-        predictions; 503 with the reason where the controller is away. ``models`` is null where the registry is."""
+        """The controller's snapshot, with the registry's models, how requests have fared, and how far this process's
+        predictions are off; 503 with the reason where the controller is away. ``models`` is null where the registry
+        is."""
         try:
             snapshot = await read_snapshot()
         except ControllerAwayError as error:
@@ -134,7 +140,19 @@ class ModelSwitch:
     async def _serve(self, model: ServedModel, scope: Scope, receive: Receive, send: Send) -> None:
         app: ASGIApp = model.app
         with self._table.request(model):
+            if scope["type"] == "http" and scope["method"] == "POST" and model.engine.engine_core.rests:
+                app = partial(_serve_awake, model)
             await self._layer.serve(model.name, app, scope, receive, send)
+
+
+async def _serve_awake(model: ServedModel, scope: Scope, receive: Receive, send: Send) -> None:
+    """Serve a request to a model that rests, once it has a replica; else refuse it with 503."""
+    app: ASGIApp = model.app
+    if not await model.engine.engine_core.wake(WAKE_TIMEOUT_S):
+        what = f"{model.name} had no replica, and none has started within {WAKE_TIMEOUT_S:.0f} s; try again later"
+        app = error_answer(what, HTTPStatus.SERVICE_UNAVAILABLE)
+        app.headers["Retry-After"] = str(WAKE_RETRY_S)
+    await app(scope, receive, send)
 
 
 def _predictions(table: ModelTable) -> dict[str, Any]:

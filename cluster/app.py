@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from ray import serve
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from cluster.dispatcher import RoutingSettings
@@ -24,6 +24,7 @@ from replicas.spec import EngineSpec
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig, ModelConfig
     from cluster.model_plan import IngressState
+    from cluster.model_set import ModelEntry
     from cluster.slo_ledger import SloReport
     from memory_agent.agent import AgentSpec
 
@@ -37,6 +38,8 @@ carry it."""
 INGRESS_REQUEST_LIMIT = 8192
 REPLICA_CPUS = 0.01
 """A share for Ray's bookkeeping only: what an engine's threads use is in its environment."""
+ANSWER_TIMEOUT_S = 600.0
+"""A replica that ends, because fewer are enough, lets its requests go on for so long."""
 SHUTDOWN_TIMEOUT_S = 20.0
 DRAIN_S = 15
 """Of these, for requests that an ingress has when it is stopped."""
@@ -45,12 +48,29 @@ _QUIET = LoggingConfig(enable_access_log=False)
 
 @dataclass(frozen=True)
 class ApiModel:
-    """What the ingress needs to know of one model."""
+    """What the ingress needs to know of one model.
+
+    Attributes:
+        replicas: the most that can run; may_rest: there can be none, until a request comes.
+    """
 
     spec: EngineSpec
     replicas: int
     tool_call_parser: str | None
     reasoning_parser: str | None
+    may_rest: bool = False
+
+
+def api_model(entry: "ModelEntry") -> ApiModel:
+    """Of a model of the registry."""
+    config = entry.config
+    return ApiModel(
+        entry.spec,
+        config.most_replicas,
+        config.tool_call_parser,
+        config.reasoning_parser,
+        may_rest=config.least_replicas == 0,
+    )
 
 
 def model_app_name(model: str) -> str:
@@ -92,20 +112,46 @@ def build_model_app(
         engines: replicas of all models on this host: they share its cores.
         agent_spec: the memory agent that an elastic engine registers with; None where it is not elastic.
     """
-    deployment = _engine_deployment(config.replicas, engine_environment(spec, engines), routing)
+    number = (
+        {"autoscaling_config": _scaling(spec, config, routing)} if config.scales else {"num_replicas": config.replicas}
+    )
+    deployment = _engine_deployment(number, engine_environment(spec, engines), routing)
     return deployment.bind(spec, agent_spec)  # type: ignore[no-any-return]
 
 
-def _engine_deployment(replicas: int, environment: dict[str, str], routing: RoutingSettings) -> Any:
+def _scaling(spec: EngineSpec, config: "ModelConfig", routing: RoutingSettings) -> AutoscalingConfig:
+    """Ray Serve counts, looks and acts; ``cluster.autoscaling`` decides, so Serve's own delays are off."""
+    settings = {
+        "model": spec.model_name,
+        "tpot_target_s": routing.tpot_ms / 1000,
+        "calm_s": config.autoscaling_config.downscale_delay_s,
+        "requests": spec.max_num_seqs,
+    }
+    policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
+        policy_function="cluster.autoscaling:DemandPolicy", policy_kwargs=settings
+    )
+    return AutoscalingConfig(
+        min_replicas=config.least_replicas,
+        max_replicas=config.most_replicas,
+        initial_replicas=config.replicas,
+        metrics_interval_s=1.0,
+        look_back_period_s=3.0,
+        upscale_delay_s=0.0,
+        downscale_delay_s=0.0,
+        policy=policy,
+    )
+
+
+def _engine_deployment(number: dict[str, Any], environment: dict[str, str], routing: RoutingSettings) -> Any:
     router: Any = PressureRouter  # Ray Serve's configuration is typed as for JSON
     return serve.deployment(
         name=ENGINE_DEPLOYMENT,
-        num_replicas=replicas,
+        **number,
         max_ongoing_requests=REPLICA_REQUEST_LIMIT,
         max_constructor_retry_count=1,
         health_check_period_s=2.0,
         health_check_timeout_s=20.0,
-        graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
+        graceful_shutdown_timeout_s=ANSWER_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.5,
         logging_config=_QUIET,
         ray_actor_options={"num_cpus": REPLICA_CPUS, "runtime_env": {"env_vars": environment}},

@@ -107,7 +107,7 @@ def config_check(file: Annotated[Path, typer.Argument(help="YAML file.")]) -> No
         settings = load_config(file)
     except ConfigError as error:
         _fail(str(error))
-    models = ", ".join(f"{model.replicas} x {model.name}" for model in settings.models)
+    models = ", ".join(f"{model.replicas_shown} x {model.name}" for model in settings.models)
     typer.echo(f"{file} fits: {models}, on {settings.http.host}:{settings.http.port}")
 
 

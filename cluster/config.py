@@ -28,6 +28,7 @@ _UNITS = {"": 1, "B": 1} | {
     for suffix, base in (("B", 1000), ("iB", 1024))
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_REPLICAS = 2
 _TAKEN_ARGS = {
     "model": "use the key source",
     "served_model_name": "use the key name",
@@ -78,6 +79,27 @@ class _Section(BaseModel):
     )
 
 
+class AutoscalingConfig(_Section):
+    """Bounds between which the number of replicas follows the model's demand; Ray Serve's names. Left out, it is
+    `replicas` always. Memory is planned for the most."""
+
+    min_replicas: Annotated[int, Field(ge=0, le=32)] | None = None
+    """Fewest replicas. 0: a model that nobody asks for ends its replicas, and starts one with the next request, which
+    waits for it. null: as many as `replicas`."""
+    max_replicas: Annotated[int, Field(ge=1, le=32)] | None = None
+    """Most replicas. null: as many as `replicas`."""
+    downscale_delay_s: float = Field(default=120.0, ge=0)
+    """How long fewer replicas must be enough before one ends. Requests that it has go on to their end, for at most ten
+    minutes."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        least, most = self.min_replicas, self.max_replicas
+        if least is not None and most is not None and least > most:
+            raise ValueError(f"max_replicas ({most}) should be at least min_replicas ({least})")
+        return self
+
+
 class ModelConfig(_Section):
     """One model and its replicas."""
 
@@ -86,8 +108,10 @@ class ModelConfig(_Section):
     source: str = Field(default="default", min_length=1)
     """Folder of a checkpoint (config.json, *.safetensors, tokenizer), a hub id such as "Qwen/Qwen3-0.6B", or
     "default"."""
-    replicas: int = Field(default=2, ge=1, le=32)
-    """Engine replicas of this model. They share the device's KV budget."""
+    replicas: int = Field(default=_REPLICAS, ge=1, le=32)
+    """Engine replicas of this model, at its start where their number changes. They share the device's KV budget."""
+    autoscaling_config: AutoscalingConfig = Field(default_factory=AutoscalingConfig)
+    """How the number of replicas follows the demand."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of weights and KV cache. auto: the checkpoint's own, bfloat16 where that is float32."""
     max_model_len: Count = None
@@ -127,6 +151,49 @@ class ModelConfig(_Section):
         if isinstance(data, Mapping) and data.get("name") is None and isinstance(data.get("source"), str):
             data = {**data, "name": name_of_source(data["source"])}
         return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _replicas_from_bounds(cls, data: Any) -> Any:
+        """Where replicas is left out its default gives way to the bounds."""
+        bounds = data.get("autoscaling_config") if isinstance(data, Mapping) else None
+        if not isinstance(bounds, Mapping) or "replicas" in data:
+            return data
+        least, most = bounds.get("min_replicas"), bounds.get("max_replicas")
+        replicas = max(_REPLICAS, least) if isinstance(least, int) else _REPLICAS
+        return {**data, "replicas": min(replicas, most) if isinstance(most, int) and most >= 1 else replicas}
+
+    @model_validator(mode="after")
+    def _replicas_in_bounds(self) -> Self:
+        if not self.least_replicas <= self.replicas <= self.most_replicas:
+            raise ValueError(
+                f"replicas ({self.replicas}) should be at least autoscaling_config.min_replicas "
+                f"({self.least_replicas}) and at most autoscaling_config.max_replicas ({self.most_replicas}): it is "
+                "how many the model begins with"
+            )
+        return self
+
+    @property
+    def least_replicas(self) -> int:
+        """Fewest replicas at a time."""
+        least = self.autoscaling_config.min_replicas
+        return self.replicas if least is None else least
+
+    @property
+    def most_replicas(self) -> int:
+        """Most replicas at a time: what memory is planned for."""
+        most = self.autoscaling_config.max_replicas
+        return self.replicas if most is None else most
+
+    @property
+    def scales(self) -> bool:
+        """Whether their number changes."""
+        return self.least_replicas < self.most_replicas
+
+    @property
+    def replicas_shown(self) -> str:
+        """For people: "2", or "1 to 4"."""
+        return f"{self.least_replicas} to {self.most_replicas}" if self.scales else str(self.replicas)
 
     @model_validator(mode="after")
     def _no_second_source_of_truth(self) -> Self:

@@ -104,14 +104,16 @@ class ClusterCore:
         replicas: int,
         replica_limit: int,
         door: Door | None = None,
+        may_rest: bool = False,
     ) -> None:
         """``open`` is to be awaited before the first request.
 
         Args:
             model: name, for messages; info: what any replica says of itself.
-            replicas: how many are meant to run: the number of engines that the metrics tell apart.
+            replicas: how many are meant to run at most: the number of engines that the metrics tell apart.
             replica_limit: requests that one replica takes at once.
             door: in front of them; None lets every request in at once.
+            may_rest: there can be no replica, while nobody asks for one.
         """
         self.door = door or Door()
         self.resources = CoreResources()
@@ -124,6 +126,8 @@ class ClusterCore:
         self._generate = handle.options(method_name="generate")
         self._info = info
         self._replica_limit = replica_limit
+        self._may_rest = may_rest
+        self._start: asyncio.Task[Any] | None = None
         self._codec = HopCodec()
         self._inbox = OutputInbox(self._receive)
         self._address: InboxAddress | None = None
@@ -179,7 +183,7 @@ class ClusterCore:
 
     def shutdown(self, timeout: float | None = None) -> None:
         self.resources.engine_dead = True
-        for task in self._tasks:
+        for task in (*self._tasks, *([self._start] if self._start is not None else [])):
             task.cancel()
         self.door.close()
         self._inbox.close()
@@ -208,6 +212,28 @@ class ClusterCore:
         return refuse_async if inspect.iscoroutinefunction(upstream) else refuse
 
     # Capacity
+
+    @property
+    def rests(self) -> bool:
+        """There is no replica, because nobody has asked for one."""
+        return self._may_rest and self.reachable == 0
+
+    async def wake(self, timeout_s: float) -> bool:
+        """Have a replica where the model rests. False where none has started after so long; the start goes on."""
+        if not self.rests:
+            return True
+        if self._start is None or self._start.done():
+            # A call that waits for a replica is what Ray Serve starts one for.
+            self._start = asyncio.get_running_loop().create_task(self._first_answer(), context=contextvars.Context())
+        await asyncio.wait([self._start], timeout=timeout_s)
+        return not self.rests
+
+    async def _first_answer(self) -> None:
+        try:
+            await self._handle.info.remote()
+            self.reachable = max(self.reachable, 1)  # the next poll counts them
+        except (RayError, RayServeException) as error:
+            logger.warning("no replica of %s has started: %s", self._model, error)
 
     @property
     def in_flight(self) -> int:

@@ -106,7 +106,7 @@ class ClusterEngine(AsyncLLM):
         super().check_admission(n, request_id)
 
     async def check_health(self) -> None:
-        """Raises EngineDeadError where no replica can be reached."""
+        """Raises EngineDeadError where no replica can be reached, but for a model that rests."""
         await super().check_health()
-        if self.engine_core.reachable == 0:
+        if self.engine_core.reachable == 0 and not self.engine_core.rests:
             raise EngineDeadError()

@@ -72,7 +72,7 @@ async def _serve(model: ApiModel, settings: ClusterConfig, replica_limit: int) -
     _learn(config, info)
     seqs = min(model.spec.max_num_seqs, replica_limit)
     door = open_door(settings.slo, settings.admission, seqs, model.replicas, settings.http.ingress_replicas)
-    core = ClusterCore(model.spec.model_name, handle, info, model.replicas, replica_limit, door)
+    core = ClusterCore(model.spec.model_name, handle, info, model.replicas, replica_limit, door, model.may_rest)
     await core.open(get_node_ip_address())  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     engine = ClusterEngine(config, core, [stat_logger_in(registry)])

@@ -166,15 +166,15 @@ class LocalCluster:
         sizing = plan_sizes(self.config, facts, self.device.free_bytes(), self.device)
         for model, spec in zip(self.config.models, sizing.specs, strict=True):
             say(
-                f"{model.replicas} x {spec.model_name}, {spec.max_model_len} tokens: KV in MiB "
+                f"{model.replicas_shown} x {spec.model_name}, {spec.max_model_len} tokens: KV in MiB "
                 f"{spec.kv_rest_bytes // MIB} at rest, {spec.kv_guarantee_bytes // MIB} guaranteed, "
                 f"{spec.kv_ceiling_bytes // MIB} at most"
             )
         engines = list(zip(self.config.models, sizing.specs, strict=True))
-        buffers = sum(model.replicas * spec.host_buffer_bytes for model, spec in engines)
+        buffers = sum(model.most_replicas * spec.host_buffer_bytes for model, spec in engines)
         check_shared_memory(buffers)
         if self.device.is_gpu:
-            check_host_memory(sum(model.replicas for model, _ in engines), buffers, free_memory_bytes())
+            check_host_memory(sum(model.most_replicas for model, _ in engines), buffers, free_memory_bytes())
         say(f"KV budget {sizing.budget_bytes / GIB:.2f} GiB; the cluster needs {sizing.needed_bytes / GIB:.2f} GiB")
         return sizing
 

@@ -267,7 +267,7 @@ class ModelKeeper:
         spec = addition.spec
         story.say(
             "memory",
-            f"{config.replicas} x {spec.model_name}, {spec.max_model_len} tokens: KV in MiB "
+            f"{config.replicas_shown} x {spec.model_name}, {spec.max_model_len} tokens: KV in MiB "
             f"{spec.kv_rest_bytes // MIB} at rest, {addition.guarantee_bytes // MIB} guaranteed, "
             f"{spec.kv_ceiling_bytes // MIB} at most; KV budget {addition.budget_bytes / GIB:.2f} GiB",
         )
@@ -296,6 +296,8 @@ def _row(entry: ModelEntry, engines: list[EngineReport]) -> dict[str, Any]:
         "source": entry.config.source,
         "elastic": entry.spec.elastic,
         "replicas": entry.config.replicas,
+        "min_replicas": entry.config.least_replicas,
+        "max_replicas": entry.config.most_replicas,
         "max_model_len": entry.spec.max_model_len,
         "weight": entry.spec.weight,
         "weights_bytes": entry.spec.weights_bytes,

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from cluster.app import ApiModel, routing_settings
+from cluster.app import ApiModel, api_model, routing_settings
 from cluster.config import ClusterConfig, ModelConfig
 from cluster.device import device_named
 from cluster.model_keeper import ModelKeeper
@@ -131,11 +131,7 @@ class ModelRegistry:
 
     async def _publish(self) -> None:
         entries = [entry for entry in self._keeper.models.entries if entry.stays]
-        models = tuple(
-            ApiModel(one.spec, one.config.replicas, one.config.tool_call_parser, one.config.reasoning_parser)
-            for one in entries
-            if one.phase is not ModelPhase.ADMITTED
-        )
+        models = tuple(api_model(one) for one in entries if one.phase is not ModelPhase.ADMITTED)
         shown = (models, frozenset(one.name for one in entries if one.phase is ModelPhase.SERVING))
         if shown != self._shown:
             self._shown = shown

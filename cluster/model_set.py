@@ -81,19 +81,19 @@ class ModelEntry:
     @property
     def promised_bytes(self) -> int:
         """Guarantees of all its replicas."""
-        return self.config.replicas * self.limits_now.guarantee_bytes if self.spec.elastic else 0
+        return self.config.most_replicas * self.limits_now.guarantee_bytes if self.spec.elastic else 0
 
     def fixed_bytes(self, device: Device) -> int:
         """Processes and weights of all its replicas on the device; and KV memory and starts where these are not
         elastic."""
         spec = self.spec
         if spec.paced_tokens_per_s is not None:
-            return self.config.replicas * PACED_BYTES
+            return self.config.most_replicas * PACED_BYTES
         static = 0 if spec.elastic else spec.kv_ceiling_bytes + spec.spike_bytes
         reserve = device.step_reserve_bytes(
             spec.max_num_batched_tokens, spec.token_bytes, spec.max_num_seqs, spec.row_bytes
         )
-        return self.config.replicas * (device.replica_bytes + reserve + spec.weights_bytes + static)
+        return self.config.most_replicas * (device.replica_bytes + reserve + spec.weights_bytes + static)
 
 
 def new_entry(config: ModelConfig, spec: EngineSpec, guarantee_bytes: int) -> ModelEntry:
@@ -121,7 +121,9 @@ class ModelSet:
     @property
     def weights_bytes(self) -> int:
         """Of all elastic replicas, beside the budget."""
-        return sum(entry.config.replicas * entry.spec.weights_bytes for entry in self.entries if entry.spec.elastic)
+        return sum(
+            entry.config.most_replicas * entry.spec.weights_bytes for entry in self.entries if entry.spec.elastic
+        )
 
     @property
     def start_bytes(self) -> int:
@@ -131,7 +133,7 @@ class ModelSet:
 
     @property
     def replicas(self) -> int:
-        return sum(entry.config.replicas for entry in self.entries)
+        return sum(entry.config.most_replicas for entry in self.entries)
 
     def get(self, name: str) -> ModelEntry:
         """Raises UnknownModelError, which names the models there are."""
@@ -154,11 +156,11 @@ class ModelSet:
                 if there.stays
                 else f"model {config.name!r} is being removed; add it again when that is done"
             )
-        rows = sum(entry.config.replicas for entry in self.entries if entry.spec.elastic)
-        if config.elastic and rows + config.replicas > MAX_ROWS:
+        rows = sum(entry.config.most_replicas for entry in self.entries if entry.spec.elastic)
+        if config.elastic and rows + config.most_replicas > MAX_ROWS:
             raise ModelConflictError(
                 f"{rows} elastic replicas share this device and at most {MAX_ROWS} can; "
-                f"{MAX_ROWS - rows} more fit, {config.replicas} were asked for"
+                f"{MAX_ROWS - rows} more fit, {config.most_replicas} were asked for"
             )
 
     def admit(self, entry: ModelEntry, budget_bytes: int) -> "ModelSet":
@@ -229,7 +231,7 @@ def _entry(tree: dict[str, Any]) -> ModelEntry:
 
 def _check_limits(entry: ModelEntry, limits: Limits, budget_bytes: int, others_bytes: int, start_bytes: int) -> None:
     """others_bytes: what is promised to other models; start_bytes: what has to be left to the start of an engine."""
-    name, spec, replicas = entry.name, entry.spec, entry.config.replicas
+    name, spec, replicas = entry.name, entry.spec, entry.config.most_replicas
     guarantee, ceiling = limits.guarantee_bytes, limits.ceiling_bytes
     if not spec.elastic:
         raise SettingsError(

@@ -6,7 +6,8 @@
 
 Reactive plus a short forecast: the busy share that counts is the larger of the present one and the one that the trend
 of the last minute leads to when a replica that is started now is ready. Up at once; down only after ``calm_s`` below,
-by at most a quarter at a time, and those that go are drained.
+by at most a quarter at a time, and those that go are drained. Of engines whose step time is not known the requests
+count instead of the tokens, against those that a replica runs at once.
 """
 
 import math
@@ -87,11 +88,31 @@ def decide_scale(
 ) -> tuple[ScalingState, ScalingDecision]:
     """The next state, and what is wanted instead of ``replicas``, those that start included."""
     busy = demand.busy(step_time) + demand.waiting_s / settings.clear_s
+    usable = max(0.1, 1 - step_time.step_s / settings.tpot_target_s)
+    by_memory = demand.kv_tokens / (settings.kv_tokens * settings.goal) if settings.kv_tokens else 0.0
+    return _decide(state, busy, usable, by_memory, replicas, settings, now_s)
+
+
+def decide_by_requests(
+    state: ScalingState, requests: float, of_one: int, replicas: int, settings: ScalingSettings, now_s: float
+) -> tuple[ScalingState, ScalingDecision]:
+    """Likewise, of ``requests``, running and waiting ones, of which a replica runs ``of_one`` at once."""
+    return _decide(state, requests / of_one, 1.0, 0.0, replicas, settings, now_s)
+
+
+def _decide(
+    state: ScalingState,
+    busy: float,
+    usable: float,
+    by_memory: float,
+    replicas: int,
+    settings: ScalingSettings,
+    now_s: float,
+) -> tuple[ScalingState, ScalingDecision]:
+    """usable: of a replica, what can be busy; by_memory: replicas whose memory is needed."""
     seen = (*((at_s, value) for at_s, value in state.seen if now_s - at_s <= 60.0), (now_s, busy))
     ahead = _forecast(seen, settings.start_s)
-    usable = max(0.1, 1 - step_time.step_s / settings.tpot_target_s)
     by_work = max(busy, ahead) / (usable * settings.goal)
-    by_memory = demand.kv_tokens / (settings.kv_tokens * settings.goal) if settings.kv_tokens else 0.0
     wanted = min(max(math.ceil(max(by_work, by_memory)), settings.least), settings.most)
     why = (
         f"{busy:.1f} replicas' worth of work, {ahead:.1f} in {settings.start_s:.0f} s, memory for {by_memory:.1f}: "

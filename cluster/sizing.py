@@ -169,9 +169,9 @@ def plan_sizes(config: ClusterConfig, facts: Sequence[ModelFacts], free_bytes: i
     ]
     for engine in engines:
         check_guarantee(engine)
-    fixed = device.base_bytes + sum(e.model.replicas * e.fixed_bytes for e in engines)
+    fixed = device.base_bytes + sum(e.model.most_replicas * e.fixed_bytes for e in engines)
     elastic = [e for e in engines if e.model.elastic]
-    least = sum(e.model.replicas * e.guarantee_bytes for e in elastic) + start_room(elastic)
+    least = sum(e.model.most_replicas * e.guarantee_bytes for e in elastic) + start_room(elastic)
     room = free_bytes - fixed
     if room < least:
         raise SettingsError(
@@ -181,7 +181,7 @@ def plan_sizes(config: ClusterConfig, facts: Sequence[ModelFacts], free_bytes: i
     budget = _budget(config, elastic, room, device)
     specs = tuple(engine_spec(engine, budget, config.memory.rest) for engine in engines)
     promised = tuple(engine.guarantee_bytes if engine.model.elastic else 0 for engine in engines)
-    weights = sum(e.model.replicas * e.facts.weights_bytes for e in elastic)
+    weights = sum(e.model.most_replicas * e.facts.weights_bytes for e in elastic)
     return Sizing(specs, promised, budget, weights, needed_bytes=fixed + budget)
 
 
@@ -198,7 +198,7 @@ def automatic_budget(guarantees: int, start: int) -> int:
 
 def _budget(config: ClusterConfig, elastic: Sequence[EngineSizes], room: int, device: Device) -> int:
     wanted, start = config.memory.budget, start_room(elastic)
-    guarantees = sum(e.model.replicas * e.guarantee_bytes for e in elastic)
+    guarantees = sum(e.model.most_replicas * e.guarantee_bytes for e in elastic)
     if not elastic:
         return 0
     if wanted is None and device.is_gpu:
@@ -326,8 +326,9 @@ def _what_fits(engines: Sequence[EngineSizes], free_bytes: int, device: Device) 
     once = device.base_bytes + start_room(elastic)
     replicas = (free_bytes - once) // each
     if replicas >= 1:
-        options.append(f"set replicas to {replicas}" + (" for every model" if len(engines) > 1 else ""))
-    tokens = longest_request(elastic, free_bytes - once - sum(e.model.replicas * e.fixed_bytes for e in engines))
+        key = "max_replicas" if any(e.model.scales for e in engines) else "replicas"
+        options.append(f"set {key} to {replicas}" + (" for every model" if len(engines) > 1 else ""))
+    tokens = longest_request(elastic, free_bytes - once - sum(e.model.most_replicas * e.fixed_bytes for e in engines))
     if tokens > 0:
         options.append(f"set max_model_len to at most {tokens}")
     if not options:
@@ -342,8 +343,8 @@ def longest_request(elastic: Sequence[EngineSizes], kv_bytes: int) -> int:
     if not elastic or any(e.guarantee_bytes > e.least_bytes for e in elastic):
         return 0
     step = math.lcm(*(e.block_tokens for e in elastic))
-    per_token = sum(e.model.replicas * e.reckoned_token_bytes for e in elastic)
-    spare = sum(e.model.replicas * (e.spare_bytes + e.step_bytes + LIMIT_UNIT_BYTES) for e in elastic)
+    per_token = sum(e.model.most_replicas * e.reckoned_token_bytes for e in elastic)
+    spare = sum(e.model.most_replicas * (e.spare_bytes + e.step_bytes + LIMIT_UNIT_BYTES) for e in elastic)
     return down(max(0, kv_bytes - spare) // per_token, step)
 
 
@@ -353,12 +354,12 @@ def _parts(engines: Sequence[EngineSizes]) -> str:
     parts += [f"{gib(start)} for a start"] if start else []
     for e in engines:
         if e.model.paced_tokens_per_s is not None:
-            parts.append(f"{e.model.replicas} x {gib(PACED_BYTES)} for {e.model.name}, which runs no engine")
+            parts.append(f"{e.model.most_replicas} x {gib(PACED_BYTES)} for {e.model.name}, which runs no engine")
             continue
         kv = e.guarantee_bytes if e.model.elastic else e.static_bytes
         process = e.fixed_bytes - e.facts.weights_bytes - e.static_bytes
         parts.append(
-            f"{e.model.replicas} x {gib(process + e.facts.weights_bytes + kv)} for {e.model.name}: process "
+            f"{e.model.most_replicas} x {gib(process + e.facts.weights_bytes + kv)} for {e.model.name}: process "
             f"{gib(process)}, weights {gib(e.facts.weights_bytes)}, KV of {e.facts.max_model_len} tokens "
             f"{gib(kv)}"
         )

@@ -48,11 +48,13 @@ def render_models(models: Iterable[dict[str, Any]]) -> RenderableType:
         if "replicas" not in model:
             table.add_row(model["name"], phase)
             continue
+        least, most = model["min_replicas"], model["max_replicas"]
+        replicas = str(model["replicas"]) if least == most else f"{least} to {most}"
         if not model["elastic"]:
-            table.add_row(model["name"], phase, str(model["replicas"]), *2 * [format_bytes(model["ceiling_bytes"])])
+            table.add_row(model["name"], phase, replicas, *2 * [format_bytes(model["ceiling_bytes"])])
             continue
         sizes = (model[f"{size}_bytes"] for size in ("guarantee", "ceiling", "held", "limit"))
-        replicas, running, waiting = (str(model[count]) for count in ("replicas", "running", "waiting"))
+        running, waiting = (str(model[count]) for count in ("running", "waiting"))
         table.add_row(model["name"], phase, replicas, *map(format_bytes, sizes), running, waiting)
     return table
 

@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from memory_agent.controller_link import CONTROLLER_NAME, NAMESPACE
-from memory_agent.lease_board import LeaseBoard, ReplicaWord, Row
+from memory_agent.lease_board import EngineWord, LeaseBoard, ReplicaWord, Row
 from replicas.lease_watch import WakePolicy, watch_lease
 from replicas.spec import EngineSpec
 from replicas.targets import ReplicaTarget
@@ -82,6 +82,18 @@ class BoardLink:
         self._row.set(ReplicaWord.ACTIVE_MAX, target.active_max)
         # The revision last: who reads it sees the bounds that belong to it, or newer ones.
         self._row.set(ReplicaWord.TARGET_REVISION, target.revision)
+
+    def engine_words(self) -> dict[str, float]:
+        """What the engine has written of its steps and requests, named as in ``ReplicaDemand``."""
+        row = self._row
+        return {
+            "kv_tokens": row.get(EngineWord.KV_TOKENS),
+            "step_s": row.get_float(EngineWord.STEP_S),
+            "row_s": row.get_float(EngineWord.ROW_S),
+            "kv_token_s": row.get_float(EngineWord.KV_TOKEN_S),
+            "token_s": row.get_float(EngineWord.TOKEN_S),
+            "pair_s": row.get_float(EngineWord.PAIR_S),
+        }
 
     def close(self) -> None:
         """Give the row back. An agent that is away learns of the engine's end from its processes."""

@@ -7,6 +7,7 @@ Needs no Ray: what a Serve replica adds is in ``replicas.replica``.
 """
 
 import asyncio
+import time
 from typing import Protocol
 
 from vllm.config import VllmConfig
@@ -17,6 +18,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from replicas.hop import Frames, HopCodec
 from replicas.paced_core import PacedCore
+from replicas.replica_demand import ReplicaDemand, TokenMeter
 
 SHUTDOWN_TIMEOUT_S = 10.0
 
@@ -44,6 +46,7 @@ class EngineHost:
         self._codec = HopCodec()
         self._outlets: dict[str, Outlet] = {}
         self._stats = SchedulerStats()
+        self._meter = TokenMeter(time.monotonic())
         self._core: AsyncMPClient | PacedCore = paced_core or EngineCoreClient.make_async_mp_client(
             config, Executor.get_class(config), log_stats=True
         )
@@ -82,6 +85,10 @@ class EngineHost:
         while True:
             outputs = await self._core.get_output_async()
             for output in outputs.outputs:
+                self._meter.output_tokens += len(output.new_token_ids)
+                if output.prefill_stats is not None:
+                    self._meter.prompts += 1
+                    self._meter.prompt_tokens += output.prefill_stats.num_computed_tokens
                 if (outlet := self._outlets.get(output.request_id)) is not None:
                     outlet.put(output)
             if outputs.scheduler_stats is not None:
@@ -98,6 +105,17 @@ class EngineHost:
         """Gauges of the last step, and counts since the last call: each is told once."""
         told, self._stats = self._stats, _without_counts(self._stats)
         return told
+
+    def demand(self) -> ReplicaDemand:
+        """What this engine is asked for; rates are of the time since the last call."""
+        prompt_rate, output_rate, request_rate = self._meter.rates(time.monotonic())
+        return ReplicaDemand(
+            prompt_rate=prompt_rate,
+            output_rate=output_rate,
+            request_rate=request_rate,
+            running=self._stats.num_running_reqs,
+            waiting=self._stats.num_waiting_reqs,
+        )
 
     def close(self) -> None:
         """End the engine's processes; those that do not end by themselves within SHUTDOWN_TIMEOUT_S are killed."""

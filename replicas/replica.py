@@ -13,7 +13,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -120,6 +120,13 @@ class EngineReplica:
 
     async def stats(self) -> ReplicaStats:
         return ReplicaStats(self.engine_id, os.getpid(), self._engine.streams, self._engine.take_stats())
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Ray Serve every second where the number of replicas changes: ``ReplicaDemand``, by name."""
+        demand = self._engine.demand()
+        if self._link is not None:
+            demand = replace(demand, **self._link.engine_words())
+        return demand.to_stats()
 
     async def check_health(self) -> None:
         """Called by Ray Serve: raises where the engine is dead, which replaces the replica."""

@@ -5,7 +5,8 @@ import asyncio
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from ray.exceptions import ActorDiedError
 from vllm.sampling_params import SamplingParams
@@ -97,6 +98,19 @@ class FakeHandle:
     calls: list[FakeCall] = field(default_factory=list)
     channels: Channels = field(default_factory=lambda: Channels("replica-a"))
     news: News = field(default_factory=News)
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    """A replica answers what is asked of any."""
+    asked: int = 0
+
+    @property
+    def info(self) -> "FakeHandle":
+        """Its method ``info``, which is called by ``remote``."""
+        return cast(FakeHandle, SimpleNamespace(remote=self._info))
+
+    async def _info(self) -> ReplicaInfo:
+        self.asked += 1
+        await self.started.wait()
+        return INFO
 
     def options(self, *, method_name: str) -> "FakeHandle":
         assert method_name == "generate"

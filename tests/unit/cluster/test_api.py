@@ -67,6 +67,7 @@ def served(name: str) -> ServedModel:
         reachable=1,
         in_flight=2,
         retried=3,
+        rests=False,
         door=Door(),
         replica_numbers={0: "r"},
         ttft_error=error,
@@ -240,6 +241,27 @@ async def test_status_is_the_snapshot_or_a_reason(two: httpx.AsyncClient, monkey
     answer = await two.get("/ellm/status")
     assert answer.status_code == 503
     assert "controller is not running" in answer.json()["error"]["message"]
+
+
+async def test_a_request_waits_for_a_model_that_rests() -> None:
+    """A model without a replica is healthy where that is meant to be. A request to it is held until there is one, and
+    refused with 503 and a time to come back where none starts; what only asks for something is not held."""
+    async with client("small") as (api, table):
+        core: Any = table.routed[0].engine.engine_core
+        core.rests, core.reachable = True, 0
+        woken = [False, True]
+
+        async def wake(timeout_s: float) -> bool:
+            assert timeout_s > 0
+            return woken.pop(0)
+
+        core.wake = wake
+        assert [(await api.get(path)).status_code for path in ("/health", "/version")] == [200, 200]
+        refused = await api.post("/v1/completions", json={"model": "small"})
+        assert (refused.status_code, int(refused.headers["Retry-After"]) > 0) == (503, True)
+        assert "no replica" in refused.json()["error"]["message"]
+        assert (await api.post("/v1/completions", json={"model": "small"})).status_code == 200
+        assert woken == []
 
 
 async def test_metrics_name_every_model(two: httpx.AsyncClient) -> None:

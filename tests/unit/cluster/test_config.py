@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.config import ClusterConfig, name_of_source, parse_size
+from cluster.config import ClusterConfig, ModelConfig, name_of_source, parse_size
 from cluster.config_file import ConfigError, example_config, load_config, parse_config
 
 
@@ -55,6 +55,12 @@ def test_a_misspelt_key_is_refused_with_its_neighbour() -> None:
         ("memory: {budget: 3 apples}", "memory.budget", "'3 apples'", '"2GiB"'),
         ("memory: {budget: -1}", "memory.budget", "-1 (a number)", "greater than or equal to 1"),
         ("http: {port: 99999}", "http.port", "99999 (a number)", "65535"),
+        (
+            "models: [{autoscaling_config: {min_replicas: -1}}]",
+            "models[0].autoscaling_config.min_replicas",
+            "-1 (a number)",
+            "greater than or equal to 0",
+        ),
         ("routing: {policy: fastest}", "routing.policy", "'fastest'", "'predicted' or 'load'"),
         ("http: 80", "http", "80 (a number)", "HttpConfig"),
         ("slo: [{name: a, ttft_ms: 0}]", "slo[0].ttft_ms", "0 (a number)", "greater than 0"),
@@ -137,3 +143,34 @@ def test_a_model_without_a_name_is_called_after_its_source(source: str, name: st
     """A folder gives its last part, a hub id stays whole."""
     assert name_of_source(source) == name
     assert parse_config(yaml.safe_dump({"models": [{"source": source}]}), "c").models[0].name == name
+
+
+@pytest.mark.parametrize(
+    ("model", "replicas", "least", "most"),
+    [
+        ("{}", 2, 2, 2),
+        ("{replicas: 3}", 3, 3, 3),
+        ("{autoscaling_config: {max_replicas: 4}}", 2, 2, 4),
+        ("{autoscaling_config: {min_replicas: 0, max_replicas: 1}}", 1, 0, 1),
+        ("{autoscaling_config: {min_replicas: 3, max_replicas: 5}}", 3, 3, 5),
+        ("{replicas: 4, autoscaling_config: {min_replicas: 0}}", 4, 0, 4),
+    ],
+)
+def test_replicas_have_bounds(model: str, replicas: int, least: int, most: int) -> None:
+    """What is left out follows from what is there, and means the same when it is written out."""
+    found = parse_config(f"models: [{model}]", "c").models[0]
+    for one in (found, ModelConfig.model_validate(found.model_dump())):
+        assert (one.replicas, one.least_replicas, one.most_replicas) == (replicas, least, most)
+        assert one.scales == (least < most)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("{autoscaling_config: {min_replicas: 5, max_replicas: 2}}", "max_replicas (2) should be at least"),
+        ("{replicas: 8, autoscaling_config: {max_replicas: 2}}", "replicas (8) should be at least"),
+    ],
+)
+def test_replicas_outside_their_bounds_are_refused(model: str, says: str) -> None:
+    """The error has both numbers."""
+    assert says in problem(f"models: [{model}]")

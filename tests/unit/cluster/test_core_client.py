@@ -307,6 +307,35 @@ async def test_refuses_where_all_are_full(make_core: MakeCore) -> None:
     assert "3 of 4 requests" in (core.why_full(2) or "")
 
 
+async def test_a_model_that_rests_is_started_by_who_waits(make_core: MakeCore) -> None:
+    """Without a replica, where that is meant to be, nothing is refused: the first ones who wait cause a start, all of
+    them the same one, and go on when a replica answers."""
+
+    def nobody() -> list[Any]:
+        raise DeploymentUnavailableError(DeploymentID(name="m"))
+
+    handle = FakeHandle(answers=nobody)
+    core = await make_core(handle)
+    core._may_rest = True
+    await until(lambda: core.rests)
+    assert not await core.wake(0.01)
+    waiting = [asyncio.create_task(core.wake(DEADLINE_S)) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    handle.answers = lambda: [stats("a")]
+    handle.started.set()
+    assert await asyncio.gather(*waiting) == [True] * 3
+    assert (handle.asked, core.why_full(1)) == (1, None)
+
+
+async def test_a_model_that_should_not_rest_is_not_woken(make_core: MakeCore) -> None:
+    """Its replicas are away for another reason, and it is refused."""
+    handle = FakeHandle(answers=list)
+    core = await make_core(handle)
+    await until(lambda: core.reachable == 0)
+    assert await core.wake(0.0)
+    assert handle.asked == 0 and core.why_full(1)
+
+
 async def test_a_stuck_replica_does_not_hide_the_others(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A poll that times out keeps the last count; only long silence reads as nobody."""
     monkeypatch.setattr(cluster.core_client, "POLL_PERIOD_S", 0.01)

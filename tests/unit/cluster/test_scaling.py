@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.scaling import Demand, ScalingSettings, ScalingState, decide_scale
+from cluster.scaling import Demand, ScalingSettings, ScalingState, decide_by_requests, decide_scale
 from replicas.step_time import StepTime
 
 STEP = StepTime(step_s=0.01, row_s=1e-4, kv_token_s=0.0, token_s=1e-4)
@@ -41,6 +41,14 @@ def test_what_waits_is_work_too() -> None:
     """A queue of a minute's computing should be gone in half a minute: two replicas more than the load needs."""
     _, decision = decide_scale(ScalingState(), demand(0.5, waiting_s=60.0), 1, STEP, SETTINGS, 0.0)
     assert decision.replicas == 5
+
+
+def test_requests_count_where_steps_are_unknown() -> None:
+    """Replicas of ten requests at 70 %: 30 requests need five, and fewer only after calm."""
+    state, decision = decide_by_requests(ScalingState(), 30.0, 10, 1, SETTINGS, 0.0)
+    assert decision.replicas == 5
+    _, decision = decide_by_requests(state, 1.0, 10, 5, SETTINGS, 10.0)
+    assert decision.replicas == 5 and "down after 120" in decision.reason
 
 
 def test_a_rising_load_is_met_ahead() -> None:

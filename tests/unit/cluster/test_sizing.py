@@ -40,6 +40,17 @@ def test_defaults_on_a_roomy_machine() -> None:
     assert spec.engine_args == {"enforce_eager": True}
 
 
+def test_memory_is_planned_for_the_most_replicas() -> None:
+    """A model that begins with one replica and may have four needs the memory of four; where that is not there, the
+    key that helps is named."""
+    bounds = {"replicas": 1, "autoscaling_config": {"min_replicas": 0, "max_replicas": 4}}
+    assert plan_sizes(config(models=[bounds]), [facts()], 24 * GIB) == plan_sizes(
+        config(models=[{"replicas": 4}]), [facts()], 24 * GIB
+    )
+    with pytest.raises(SettingsError, match=r"set max_replicas to [123]"):
+        plan_sizes(config(models=[bounds]), [facts()], 4 * GIB)
+
+
 def test_a_paced_replica_needs_no_weights() -> None:
     """What runs no engine is sized as a process alone, and its pace reaches the replica."""
     paced = config(models=[{"replicas": 2, "elastic": False, "paced_tokens_per_s": 50.0}])

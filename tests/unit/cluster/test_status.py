@@ -29,7 +29,8 @@ def replica(engine_id: str, **values: Any) -> dict[str, Any]:
 
 def model(name: str, **values: Any) -> dict[str, Any]:
     known = {
-        "name": name, "phase": "serving", "elastic": True, "replicas": 2, "guarantee_bytes": 64 << 20,
+        "name": name, "phase": "serving", "elastic": True, "replicas": 2,
+        "min_replicas": 2, "max_replicas": 2, "guarantee_bytes": 64 << 20,
         "ceiling_bytes": 1 << 30, "held_bytes": 50 << 20, "limit_bytes": 700 << 20, "running": 4, "waiting": 6,
     }  # fmt: skip
     return known | values
