@@ -359,10 +359,13 @@ class ClusterCore:
 
     async def _watch(self) -> None:
         """Give up attempts whose replica does not answer, for ever; not a request's last one: any answer is better then
-        than none."""
+        than none. A process that has stood still looks again before it blames others."""
         while True:
+            looked_s = time.monotonic()
             await asyncio.sleep(WATCH_PERIOD_S)
-            for relay, fault in unanswered(self._relays.values(), time.monotonic()):
+            if (now_s := time.monotonic()) - looked_s > 2 * WATCH_PERIOD_S:
+                continue
+            for relay, fault in unanswered(self._relays.values(), now_s):
                 if relay.retries_left and relay.task is not None and not relay.given_up:
                     relay.fault, relay.given_up = fault, True
                     self._by_ticket.pop(relay.ticket, None)

@@ -143,8 +143,6 @@ class Dispatcher:
 
     def _place(self, route: Route, row: int, ranking: Ranking | None, now_s: float) -> None:
         """Count the route on a replica; ranking: by which that was chosen, None where Ray Serve has chosen."""
-        if route.over:
-            return
         hits = ranking.hit_tokens[row] if ranking is not None and ranking.hit_tokens is not None else 0.0
         predicted = ranking.predicted if ranking is not None else None
         route.tokens = max(1, route.request.prompt_tokens - int(hits))
@@ -155,7 +153,7 @@ class Dispatcher:
         self.fleet.sent(row, route.tokens)
         self._placed[route] = route.tokens
         route.replica, route.news = self._standings[self.fleet.ids[row]], self._news
-        if route.over:  # it ended in another thread before it had somebody to tell
+        if route.over:  # it has ended, in another thread, before it had somebody to tell
             self._remove(route)
 
     def _remove(self, route: Route) -> None:

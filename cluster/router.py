@@ -79,7 +79,9 @@ class PressureRouter(RequestRouter):
         try:
             await asyncio.wait_for(replica.get_queue_len(deadline_s=ASK_TIMEOUT_S), ASK_TIMEOUT_S)
         except TimeoutError:
-            self._dispatcher.silent(name, asked_s, time.monotonic())
+            now_s = time.monotonic()
+            if now_s - asked_s < 2 * ASK_TIMEOUT_S:  # else this process has stood still, and the answer may be there
+                self._dispatcher.silent(name, asked_s, now_s)
         except RayError:  # it has died, which Ray Serve finds out by itself
             return
         else:

@@ -173,7 +173,7 @@ async def test_what_a_replica_does_not_take_is_made_elsewhere(
 ) -> None:
     """A replica hangs, so that its call neither ends nor can be taken: the attempt is given up, and counted against the
     replica; what it says later is nobody's."""
-    monkeypatch.setattr(cluster.core_client, "WATCH_PERIOD_S", 0.001)
+    monkeypatch.setattr(cluster.core_client, "WATCH_PERIOD_S", 0.01)
     handle = FakeHandle([["wait"], [7, "finish"]])
     core = await make_core(handle)
     await core.add_request_async(request())
@@ -190,7 +190,7 @@ async def test_what_a_replica_does_not_take_is_made_elsewhere(
 
 async def test_the_last_attempt_is_waited_for(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no retry is left a slow answer is better than none."""
-    monkeypatch.setattr(cluster.core_client, "WATCH_PERIOD_S", 0.001)
+    monkeypatch.setattr(cluster.core_client, "WATCH_PERIOD_S", 0.01)
     handle = FakeHandle([["wait"]] * 9)
     core = await make_core(handle)
     await core.add_request_async(request())
@@ -198,7 +198,7 @@ async def test_the_last_attempt_is_waited_for(make_core: MakeCore, monkeypatch: 
         await until(lambda count=count: len(handle.calls) == count)  # type: ignore[misc]
         handle.calls[-1].route.replica = Standing("a")
         handle.calls[-1].route.sent_s = time.monotonic() - ACCEPT_S
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0.1)
     assert (len(handle.calls), core.in_flight, handle.calls[-1].cancelled) == (3, 1, False)
 
 
