@@ -9,6 +9,8 @@ from cluster.footprint import Footprint
 
 _ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
+    # A replica that ends waits for its requests; one that hangs would wait for ever.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "VLLM_NO_USAGE_STATS": "1",
