@@ -232,6 +232,7 @@ class ClusterCore:
         try:
             await self._handle.info.remote()
             self.reachable = max(self.reachable, 1)  # the next poll counts them
+            self.door.replicas(self.reachable, 0)
         except (RayError, RayServeException) as error:
             logger.warning("no replica of %s has started: %s", self._model, error)
 
