@@ -1,7 +1,8 @@
 """The autoscaling policy of a model's deployment: Ray Serve's controller calls it, ``cluster.scaling`` decides.
 
     EngineReplica.record_autoscaling_stats --every second--> Ray Serve's controller --> DemandPolicy --> replicas
-    ingress handles: requests that wait for a replica ------>
+      with what ingresses have told it of their queues
+    ingress handles: requests that wait for a replica -------->
 
 Ray Serve ships this module to its controller by value: keep module state out of it. The first replica of a model that
 has none is started by Ray Serve itself, as soon as a request waits for one.
@@ -56,7 +57,7 @@ class DemandPolicy:
             return replicas
         self._decided_s = now_s
         engines = replica_demands(ctx.aggregated_metrics or {})
-        queued = ctx.total_queued_requests or 0.0
+        queued = (ctx.total_queued_requests or 0.0) + max((one.queued for one in engines), default=0.0)
         asked = queued + sum(one.running + one.waiting for one in engines) > 0
         settings = ScalingSettings(
             least=max(ctx.capacity_adjusted_min_replicas, int(asked)),

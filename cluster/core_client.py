@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -122,6 +123,7 @@ class ClusterCore:
         self.retried = 0
         self.ttft_error, self.tpot_error = PredictionError(), PredictionError()
         self._model = model
+        self._name = uuid4().hex
         self._handle = handle
         self._generate = handle.options(method_name="generate")
         self._info = info
@@ -380,7 +382,7 @@ class ClusterCore:
         while True:
             started_s = time.monotonic()
             try:
-                answers = await self._handle.broadcast("stats").results_async(
+                answers = await self._handle.broadcast("stats", self._name, self.door.waiting).results_async(
                     timeout_s=POLL_TIMEOUT_S, return_exceptions=True
                 )
                 answered_s = started_s

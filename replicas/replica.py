@@ -12,6 +12,7 @@ vLLM is imported when a replica starts, not before: the process that only deploy
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 
 from replicas.board_link import BoardLink
+from replicas.replica_demand import QueueBook
 from replicas.spec import EngineSpec
 from replicas.vllm_plugin import own_engine_processes
 
@@ -90,6 +92,7 @@ class EngineReplica:
         config = build_vllm_config(spec, *where)
         self._engine = EngineHost(config, build_paced_core(spec, config))
         self._channels = Channels(self.engine_id)
+        self._queues = QueueBook()
         self._start(self._engine.pump())
         if self._link is not None:
             self._start(self._link.follow_lease(self._engine.wake))
@@ -118,7 +121,9 @@ class EngineReplica:
             block_tokens=config.cache_config.block_size or 0,
         )
 
-    async def stats(self) -> ReplicaStats:
+    async def stats(self, ingress: str, queued: int) -> ReplicaStats:
+        """Asked by every ingress about once a second; ``queued``: requests that wait there for any replica."""
+        self._queues.tell(ingress, queued, time.monotonic())
         return ReplicaStats(self.engine_id, os.getpid(), self._engine.streams, self._engine.take_stats())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -126,7 +131,7 @@ class EngineReplica:
         demand = self._engine.demand()
         if self._link is not None:
             demand = replace(demand, **self._link.engine_words())
-        return demand.to_stats()
+        return replace(demand, queued=self._queues.total(time.monotonic())).to_stats()
 
     async def check_health(self) -> None:
         """Called by Ray Serve: raises where the engine is dead, which replaces the replica."""

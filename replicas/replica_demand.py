@@ -11,7 +11,8 @@ from replicas.step_time import StepTime
 class ReplicaDemand:
     """Attributes:
     prompt_rate, output_rate: tokens a second lately; prompts without what caches held; request_rate: of prompts.
-    running, waiting: requests now.
+    running, waiting: requests now; queued: those that wait in front of all replicas of the model, as every replica
+        hears of them.
     kv_tokens: of the running requests; 0 where nobody counts them.
     step_s, row_s, kv_token_s, token_s, pair_s: of its step time, all 0 while it is not known.
     """
@@ -21,6 +22,7 @@ class ReplicaDemand:
     request_rate: float = 0.0
     running: float = 0.0
     waiting: float = 0.0
+    queued: float = 0.0
     kv_tokens: float = 0.0
     step_s: float = 0.0
     row_s: float = 0.0
@@ -42,6 +44,25 @@ class ReplicaDemand:
 def demand_of(stats: Mapping[str, float]) -> ReplicaDemand:
     """What ``to_stats`` has told; names that are missing count as 0."""
     return ReplicaDemand(**{field.name: stats.get(field.name, 0.0) for field in fields(ReplicaDemand)})
+
+
+class QueueBook:
+    """Requests that wait in front of the replicas, by the ingress that has them. An ingress that has told nothing for
+    some seconds is gone. Used by one thread."""
+
+    _BELIEVED_S = 5.0
+
+    def __init__(self) -> None:
+        self._told: dict[str, tuple[float, int]] = {}
+
+    def tell(self, ingress: str, requests: int, now_s: float) -> None:
+        """So many wait there now."""
+        self._told[ingress] = now_s, requests
+
+    def total(self, now_s: float) -> int:
+        """Of all ingresses."""
+        self._told = {name: told for name, told in self._told.items() if now_s - told[0] <= self._BELIEVED_S}
+        return sum(requests for _, requests in self._told.values())
 
 
 class TokenMeter:

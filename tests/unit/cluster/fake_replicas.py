@@ -121,8 +121,8 @@ class FakeHandle:
         self.calls.append(FakeCall(frames, self.channels.lane(address, ticket), self.scripts[len(self.calls)], route))
         return self.calls[-1]
 
-    def broadcast(self, method: str) -> "FakeHandle":
-        assert method == "stats"
+    def broadcast(self, method: str, ingress: str, queued: int) -> "FakeHandle":
+        assert (method, len(ingress), queued >= 0) == ("stats", 32, True)
         return self
 
     async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:

@@ -71,6 +71,12 @@ def test_without_step_times_requests_count() -> None:
     assert policy().decide(context(asked, target=1, queued=64.0), 100.0) == 4
 
 
+def test_what_waits_in_front_of_all_counts_once() -> None:
+    """Every replica has been told of the same queue."""
+    two = [ReplicaDemand(running=16.0, queued=100.0)] * 2
+    assert policy().decide(context(*two, target=2), 100.0) == 3
+
+
 def test_it_looks_once_a_second() -> None:
     """Between two looks what was decided stays."""
     one = policy()

@@ -1,6 +1,6 @@
 """What a replica says that it is asked for."""
 
-from replicas.replica_demand import ReplicaDemand, TokenMeter, demand_of
+from replicas.replica_demand import QueueBook, ReplicaDemand, TokenMeter, demand_of
 from replicas.step_time import StepTime
 
 
@@ -19,3 +19,14 @@ def test_stats_come_back_as_they_were() -> None:
     assert demand_of(asked.to_stats()) == asked
     assert asked.step_time == StepTime(0.01, 0.001)
     assert demand_of({}).step_time is None
+
+
+def test_queues_of_all_ingresses_add_up_until_they_are_silent() -> None:
+    """Each ingress replaces what it told before; one that is gone waits for nothing."""
+    book = QueueBook()
+    book.tell("a", 9, 10.0)
+    book.tell("a", 4, 11.0)
+    book.tell("b", 3, 14.0)
+    assert book.total(15.0) == 7
+    assert book.total(17.0) == 3
+    assert book.total(30.0) == 0
