@@ -40,6 +40,8 @@ class ReplicaReport(Protocol):
     def age_s(self) -> float: ...
     @property
     def kv_tokens(self) -> int: ...
+    @property
+    def max_num_seqs(self) -> int: ...
 
 
 class FleetView:
@@ -48,7 +50,8 @@ class FleetView:
     Attributes:
         ids: one a row; index: the row of an id.
         seen_s: when the report was taken, on the caller's clock; minus infinity before the first.
-        level, running, waiting, kv_tokens: as reported; kv_used: tokens, likewise.
+        level, running, waiting, kv_tokens: as reported; kv_used: tokens, likewise; active: most requests that it runs
+            at once, 0 where it has not told.
         in_flight: requests that this router has sent and that have not ended.
         pending_tokens: of prompts among these, without what is in a prefix cache, until their first token.
         changed: sent less ended since the report.
@@ -91,10 +94,11 @@ class FleetView:
                         report.waiting,
                         report.kv_tokens,
                         report.kv_usage * report.kv_tokens,
+                        report.max_num_seqs,
                     )
                 )
         if rows:
-            columns = (self.seen_s, self.level, self.running, self.waiting, self.kv_tokens, self.kv_used)
+            columns = (self.seen_s, self.level, self.running, self.waiting, self.kv_tokens, self.kv_used, self.active)
             for column, new in zip(columns, np.array(values).T, strict=True):
                 column[rows] = new
             self.changed[rows] = 0.0
@@ -151,7 +155,7 @@ class FleetView:
         self.seen_s = np.full(rows, -math.inf)
         self.level: npt.NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
         self.running, self.waiting = np.zeros(rows), np.zeros(rows)
-        self.kv_tokens, self.kv_used = np.zeros(rows), np.zeros(rows)
+        self.kv_tokens, self.kv_used, self.active = np.zeros(rows), np.zeros(rows), np.zeros(rows)
         self.in_flight, self.changed, self.pending_tokens = np.zeros(rows), np.zeros(rows), np.zeros(rows)
         self.closed: Bools = np.zeros(rows, dtype=bool)
         self._failures, self._on_trial, self._back_s = np.zeros(rows), np.zeros(rows), np.full(rows, -math.inf)

@@ -66,7 +66,8 @@ class Predictor:
     """What all replicas of a model have in common.
 
     Attributes:
-        step_time: of their steps; chunk: most tokens of one.
+        step_time: of their steps; chunk: most tokens of one; active: requests that one runs at once, where it has not
+            told another number.
         overhead_s: outside of steps, before the first token.
     """
 
@@ -82,7 +83,8 @@ class Predictor:
         requests = fleet.requests
         waiting = np.minimum(np.maximum(fleet.waiting + np.minimum(fleet.changed, 0.0), 0.0), requests)
         queued = np.maximum(fleet.pending_tokens, waiting * traffic.prompt_tokens)
-        rows = np.clip(requests - queued / max(traffic.prompt_tokens, 1.0), 0.0, self.active)
+        active = np.where(fleet.active > 0, fleet.active, self.active)
+        rows = np.clip(requests - queued / max(traffic.prompt_tokens, 1.0), 0.0, active)
         decode = step.step_s + rows * step.row_s + fleet.kv_used * step.kv_token_s
         own_s = own * step.token_s + own * (hit_tokens + own / 2) * step.pair_s
         queued_s = queued * (step.token_s + traffic.prompt_tokens / 2 * step.pair_s)
@@ -93,8 +95,8 @@ class Predictor:
         lacking = np.maximum(fleet.kv_used + queued + prompt_tokens - fleet.kv_tokens, 0.0)
         lacking = np.where(fleet.kv_tokens > 0, lacking, 0.0)
         leaving = np.maximum(fleet.kv_used, 1.0) / np.maximum(traffic.output_tokens * tpot / 2, 1e-9)
-        places = np.maximum(requests + 1 - self.active, 0.0)
-        wait = np.maximum(lacking / leaving, places / self.active * traffic.output_tokens * tpot)
+        places = np.maximum(requests + 1 - active, 0.0)
+        wait = np.maximum(lacking / leaving, places / active * traffic.output_tokens * tpot)
         under_way = np.where(rows > 0, decode / 2, 0.0)
         ttft = self.overhead_s + under_way + queued_s + own_s + steps * decode + wait
         return Predicted(ttft, tpot, own_s)

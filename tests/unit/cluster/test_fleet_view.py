@@ -14,6 +14,7 @@ class Report:
     waiting: int = 0
     age_s: float = 0.0
     kv_tokens: int = 1000
+    max_num_seqs: int = 8
 
 
 def test_requests_are_those_reported_and_those_since() -> None:

@@ -59,6 +59,15 @@ def test_several_routers_count_for_the_rate_of_a_replica() -> None:
     assert one_of_three.prompt_tokens == alone.prompt_tokens
 
 
+def test_a_replica_that_may_run_fewer_makes_wait_sooner() -> None:
+    """The controller has bounded one of two: with as many requests the next one waits there."""
+    fleet = FleetView(["bounded", "free"])
+    fleet.running[:] = [2, 2]
+    fleet.active[:] = [2, 0]
+    seconds = PREDICTOR.predict(fleet, 100, np.zeros(2), Traffic(output_tokens=100))
+    assert seconds.ttft_s[0] - seconds.ttft_s[1] > 100 * STEP.step_s / 4
+
+
 def test_traffic_follows_what_comes() -> None:
     """Averages move to what recent requests are like, and the rate to what a replica gets."""
     traffic = Traffic()
