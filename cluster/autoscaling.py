@@ -9,13 +9,17 @@ has none is started by Ray Serve itself, as soon as a request waits for one.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import ray
+from ray.exceptions import RayError
 from ray.serve.config import AutoscalingContext
 
+from cluster.decision import Decision
 from cluster.scaling import (
     Demand,
     ScalingDecision,
@@ -24,6 +28,7 @@ from cluster.scaling import (
     decide_by_requests,
     decide_scale,
 )
+from memory_agent.controller_link import CONTROLLER_NAME, NAMESPACE
 from replicas.replica_demand import ReplicaDemand, demand_of
 from replicas.step_time import StepTime
 
@@ -73,6 +78,8 @@ class DemandPolicy:
             wanted = replicas
         if wanted != replicas:
             logger.info("scaling %s from %d to %d replicas: %s", self._model, replicas, wanted, decision.reason)
+            inputs = {"replicas": replicas, "running": ctx.current_num_replicas, "queued": queued}
+            record(Decision("scale", self._model, f"{wanted} replicas", decision.reason, inputs))
         return wanted
 
     def _decided(
@@ -86,6 +93,19 @@ class DemandPolicy:
         demand = total_demand(engines, queued, step_time)
         self._state, decision = decide_scale(self._state, demand, replicas, step_time, settings, now_s)
         return decision
+
+
+def record(decision: Decision) -> None:
+    """Tell the controller, without waiting for it."""
+    threading.Thread(target=_tell, args=(decision,), name="record-decision", daemon=True).start()
+
+
+def _tell(decision: Decision) -> None:
+    try:
+        controller: Any = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
+        controller.record.remote(decision)
+    except (ValueError, RayError) as error:
+        logger.info("the controller is away, the log alone has the decision: %s", error)
 
 
 def replica_demands(stats: Mapping[str, Mapping[Any, float]]) -> list[ReplicaDemand]:

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 from ray.serve.config import AutoscalingContext
 
+import cluster.autoscaling
 from cluster.app import _scaling
 from cluster.autoscaling import DemandPolicy, replica_demands, total_demand
 from cluster.config import ModelConfig
+from cluster.decision import Decision
 from cluster.dispatcher import RoutingSettings
 from replicas.replica_demand import ReplicaDemand
 from replicas.spec import EngineSpec
@@ -55,6 +57,25 @@ def policy(calm_s: float = 10.0) -> DemandPolicy:
 def busy(share: float) -> ReplicaDemand:
     """A replica that computes prompts so much of its time."""
     return ReplicaDemand(prompt_rate=share / STEP.token_s, request_rate=1.0, running=1.0, **KNOWN)
+
+
+@pytest.fixture(autouse=True)
+def decisions(monkeypatch: pytest.MonkeyPatch) -> list[Decision]:
+    """What the controller is told."""
+    told: list[Decision] = []
+    monkeypatch.setattr(cluster.autoscaling, "record", told.append)
+    return told
+
+
+def test_every_change_is_recorded_with_its_reason(decisions: list[Decision]) -> None:
+    """A look that changes nothing is no decision."""
+    one = policy()
+    one.decide(context(busy(0.5), target=1), 100.0)
+    one.decide(context(busy(1.0), target=1, queued=3.0), 102.0)
+    (told,) = decisions
+    assert (told.kind, told.subject, told.action) == ("scale", "m", "2 replicas")
+    assert "replicas' worth of work" in told.reason
+    assert told.inputs == {"replicas": 1, "running": 1, "queued": 3.0}
 
 
 def test_more_replicas_where_those_there_are_busy() -> None:
