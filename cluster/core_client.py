@@ -47,7 +47,7 @@ from cluster.request_slo import CURRENT, Part
 from cluster.route import Route
 from cluster.routing_policy import RouteRequest
 from replicas.channel_wire import InboxAddress
-from replicas.hop import HopCodec
+from replicas.hop import TPOT_TARGET_ARG, TTFT_TARGET_ARG, HopCodec
 from replicas.replica import ReplicaInfo, ReplicaStats
 
 logger = logging.getLogger("ray.serve")
@@ -260,9 +260,9 @@ class ClusterCore:
             if not await self.door.enter(relay.part):
                 return
             owner = relay.part.request
-            asks = RouteRequest(
-                prompt_length(relay.request), prefix_ids(relay.request), owner.slo if owner is not None else Slo()
-            )
+            slo = owner.slo if owner is not None else Slo()
+            _tell_engine(relay.request, slo)
+            asks = RouteRequest(prompt_length(relay.request), prefix_ids(relay.request), slo)
             while (error := await self._try_once(relay, asks)) is not None:
                 if relay.token_ids or not relay.retries_left:
                     logger.error(
@@ -402,3 +402,13 @@ class ClusterCore:
         self._stats.extend(self._slots.place(stats))
         if self._stats:
             self._wake.set()
+
+
+def _tell_engine(request: EngineCoreRequest, slo: Slo) -> None:
+    """Put the targets where the engine looks for them."""
+    if (params := request.sampling_params) is None:
+        return
+    targets = {TTFT_TARGET_ARG: slo.ttft_ms, TPOT_TARGET_ARG: slo.tpot_ms}
+    known = {name: target for name, target in targets.items() if target is not None}
+    if known:
+        params.extra_args = {**(params.extra_args or {}), **known}

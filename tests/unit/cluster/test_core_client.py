@@ -26,6 +26,7 @@ from cluster.request_slo import CURRENT, RequestSlo, Stop
 from cluster.room import Room
 from cluster.route import RouteEvent, Standing
 from cluster.slo import Ending
+from replicas.hop import TPOT_TARGET_ARG, TTFT_TARGET_ARG
 from tests.unit.cluster.fake_replicas import INFO, FakeHandle, died, request, stats
 
 
@@ -135,6 +136,24 @@ async def test_a_request_that_was_ended_before_it_came_is_not_sent(make_core: Ma
     CURRENT.reset(token)
     (end,) = await outputs_until(core, ended())
     assert (end.finish_reason, handle.calls) == (FinishReason.ABORT, [])
+
+
+async def test_targets_reach_the_router_and_the_engine(make_core: MakeCore) -> None:
+    """Those of the HTTP request that it came in, beside what the request has of its own; without one there are none."""
+    handle = FakeHandle([["finish"]] * 2)
+    core = await make_core(handle)
+    token = CURRENT.set(RequestSlo(SloClass(), Slo(ttft_ms=500.0, tpot_ms=40.0), 0.0))
+    made = request("a")
+    assert made.sampling_params is not None
+    made.sampling_params.extra_args = {"mine": 1}
+    await core.add_request_async(made)
+    CURRENT.reset(token)
+    await core.add_request_async(request("b"))
+    await until(lambda: len(handle.calls) == 2)
+    sent = {one.request_id: one for one in (call.codec.decode_request(call.frames) for call in handle.calls)}
+    told = {name: one.sampling_params.extra_args for name, one in sent.items() if one.sampling_params is not None}
+    assert told == {"a": {"mine": 1, TTFT_TARGET_ARG: 500.0, TPOT_TARGET_ARG: 40.0}, "b": None}
+    assert {call.route.request.slo for call in handle.calls} == {Slo(ttft_ms=500.0, tpot_ms=40.0), Slo()}
 
 
 async def test_those_that_wait_at_the_door_are_not_in_flight(make_core: MakeCore) -> None:
