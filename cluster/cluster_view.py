@@ -50,7 +50,9 @@ class EnginePressure:
     Attributes:
         kv_usage: used share of the capacity inside the lease, 0 to 1; demand_ratio: demanded bytes over the limit.
         age_s: age of the report when this view was made.
-        kv_tokens: tokens that fit inside the lease; kv_used_tokens: of the requests that run.
+        kv_tokens: tokens that fit inside the lease; kv_share_tokens: that fit into what the engine gets when it asks,
+            while others have it on loan, 0 where it shares its budget with none; kv_used_tokens: of the requests that
+            run.
         max_num_seqs: requests that it is to get at once: within its own settings and its target, fewer where it is late
             and another one has room; max_num_batched_tokens: its own setting. 0 before it has told them.
         step_time: of its steps, as the engine has learned it; None until then.
@@ -64,6 +66,7 @@ class EnginePressure:
     waiting: int
     age_s: float
     kv_tokens: int = 0
+    kv_share_tokens: int = 0
     kv_used_tokens: int = 0
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0
@@ -139,6 +142,7 @@ class ClusterView:
                 waiting=engine.waiting,
                 age_s=now_s - received.at_s,
                 kv_tokens=engine.reachable_blocks * engine.block_tokens,
+                kv_share_tokens=_share_blocks(received.report, engine) * engine.block_tokens,
                 kv_used_tokens=engine.kv_tokens,
                 max_num_seqs=self.targets.requests_for(engine),
                 max_num_batched_tokens=engine.max_num_batched_tokens,
@@ -236,6 +240,15 @@ class ClusterView:
             "waiting": sum(engine.waiting for engine in report.engines),
             "replicas": replicas,
         }
+
+
+def _share_blocks(report: DeviceReport, engine: EngineReport) -> int:
+    """KV blocks that fit into the engine's guarantee, or its equal part of the budget, if that is more; 0 where it is
+    alone with the budget, or nothing fits its lease."""
+    if len(report.engines) < 2 or not engine.reachable_blocks:
+        return 0
+    share_bytes = max(engine.guarantee_bytes, report.budget_bytes // len(report.engines))
+    return min(share_bytes * engine.reachable_blocks // max(engine.limit_bytes, 1), engine.blocks_ceiling)
 
 
 def _order(report: DeviceReport) -> tuple[int, int]:

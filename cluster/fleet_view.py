@@ -41,6 +41,8 @@ class ReplicaReport(Protocol):
     @property
     def kv_tokens(self) -> int: ...
     @property
+    def kv_share_tokens(self) -> int: ...
+    @property
     def max_num_seqs(self) -> int: ...
 
 
@@ -50,8 +52,8 @@ class FleetView:
     Attributes:
         ids: one a row; index: the row of an id.
         seen_s: when the report was taken, on the caller's clock; minus infinity before the first.
-        level, running, waiting, kv_tokens: as reported; kv_used: tokens, likewise; active: most requests that it runs
-            at once, 0 where it has not told.
+        level, running, waiting: as reported; kv_used: tokens, likewise; kv_tokens: that the replica can hold, with what
+            others have on loan from it; active: most requests that it runs at once, 0 where it has not told.
         in_flight: requests that this router has sent and that have not ended.
         pending_tokens: of prompts among these, without what is in a prefix cache, until their first token.
         changed: sent less ended since the report.
@@ -92,7 +94,7 @@ class FleetView:
                         int(report.level),
                         report.running,
                         report.waiting,
-                        report.kv_tokens,
+                        max(report.kv_tokens, report.kv_share_tokens),
                         report.kv_usage * report.kv_tokens,
                         report.max_num_seqs,
                     )

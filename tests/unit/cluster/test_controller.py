@@ -63,6 +63,22 @@ def outcomes(view: ClusterView, now_s: float = 0.0) -> dict[str, int]:
     return counts
 
 
+def test_what_an_engine_gets_back_is_in_the_view(view: ClusterView) -> None:
+    """Of two on a device, one has lent almost all: it can have half of the budget, or its guarantee if that is more,
+    within its tensor. One alone has what its lease says."""
+
+    def share(*engines: EngineReport, sequence: int) -> tuple[int, int]:
+        view.receive(report(sequence, *engines), 0.0)
+        one = view.pressure_view(0.0).engines["a"]
+        return one.kv_tokens, one.kv_share_tokens
+
+    lent = {"limit_bytes": GIB // 8, "reachable_blocks": 10, "blocks_ceiling": 1000}
+    assert share(engine(**lent), engine("b"), sequence=1) == (10 * 128, 80 * 128)
+    assert share(engine(**lent, guarantee_bytes=3 * GIB // 2), engine("b"), sequence=2) == (10 * 128, 120 * 128)
+    assert share(engine(**lent | {"blocks_ceiling": 50}), engine("b"), sequence=3) == (10 * 128, 50 * 128)
+    assert share(engine(**lent), sequence=4) == (10 * 128, 0)
+
+
 def test_reports_count_in_order(view: ClusterView) -> None:
     """A repeated or overtaken report is refused and counted; a new life of the agent starts its own order."""
     assert view.receive(report(5, engine(running=5)), 0.0) is ReportOutcome.APPLIED

@@ -14,6 +14,7 @@ class Report:
     waiting: int = 0
     age_s: float = 0.0
     kv_tokens: int = 1000
+    kv_share_tokens: int = 0
     max_num_seqs: int = 8
 
 
@@ -27,6 +28,14 @@ def test_requests_are_those_reported_and_those_since() -> None:
     assert list(fleet.requests) == [5.0, 0.0]
     fleet.take({"a": Report(running=4)}, 11.0)
     assert fleet.requests[0] == 4.0
+
+
+def test_what_is_on_loan_is_the_replicas_own() -> None:
+    """An idle replica whose memory others have for now can hold what it gets back; what it uses stays what it is."""
+    fleet = FleetView(["a", "b"])
+    fleet.take({"a": Report(kv_usage=0.5, kv_tokens=100, kv_share_tokens=4000), "b": Report(kv_tokens=9000)}, 10.0)
+    assert list(fleet.kv_tokens) == [4000.0, 9000.0]
+    assert fleet.kv_used[0] == 50.0
 
 
 def test_own_requests_count_though_a_report_does_not_show_them_yet() -> None:
