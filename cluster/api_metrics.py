@@ -47,6 +47,9 @@ class CoreCollector(Collector):
         retried = CounterMetricFamily(
             "ellm_requests_retried", "Requests sent again before their first token.", labels=by
         )
+        continued = CounterMetricFamily(
+            "ellm_requests_continued", "Answers that went on elsewhere when their replica had failed.", labels=by
+        )
         waiting = GaugeMetricFamily("ellm_requests_waiting", "Requests that wait for a replica.", labels=by)
         tokens = GaugeMetricFamily("ellm_tokens_waiting", "Tokens of these, with their expected answers.", labels=by)
         limit = GaugeMetricFamily(
@@ -76,7 +79,8 @@ class CoreCollector(Collector):
             reachable.add_metric([model.name], core.reachable)
             in_flight.add_metric([model.name], core.in_flight)
             retried.add_metric([model.name], core.retried)
-        return [reachable, in_flight, waiting, tokens, limit, retried, requests, kept, predicted, ttft, tpot]
+            continued.add_metric([model.name], core.continued)
+        return [reachable, in_flight, waiting, tokens, limit, retried, continued, requests, kept, predicted, ttft, tpot]
 
 
 class MergedRegistry(CollectorRegistry):

@@ -5,7 +5,7 @@ argument.
            not taken     |  the whole replica is silent for SILENT_S
                          |  nothing comes from it for much longer than was predicted
 
-Only attempts without a token: what a client has seen of an answer cannot be taken back.
+Only attempts without a token: one that goes on elsewhere has its context computed again.
 """
 
 import math
@@ -27,6 +27,11 @@ class Attempt(Protocol):
     token_ids: list[int]
     seen: int
 
+    @property
+    def has_answered(self) -> bool:
+        """Some of them came from this replica."""
+        ...
+
 
 A = TypeVar("A", bound=Attempt)
 
@@ -39,7 +44,7 @@ def unanswered(attempts: Iterable[A], now_s: float) -> list[tuple[A, str]]:
         route = one.route
         if route is None or route.replica is None:
             continue
-        if not one.token_ids:
+        if not one.has_answered:
             waiting.append((one, route))
         elif len(one.token_ids) != one.seen:
             one.seen = len(one.token_ids)

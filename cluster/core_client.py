@@ -7,9 +7,11 @@ The call to the replica lasts as long as the request and returns nothing: it is 
 requests, cancels one, and notices that a replica has died. Outputs come over the replica's channel
 (``cluster.output_inbox``), and the call returns when all have been received.
 
-A relay holds the prompt and the token ids so far. A replica that dies before a request's first token, or does not
-answer (``cluster.attempt_watch``), costs a retry on another one; after it, the request ends with an error that says so
-in vLLM's form. Each attempt has a ``Route``, by which it and the router know of each other.
+A relay holds the prompt and the token ids so far. A replica that dies, or does not answer before a request's first
+token (``cluster.attempt_watch``), costs a retry on another one, which goes on after the last token
+(``cluster.continuation``). Retries are bounded while no token comes, so that a request that kills its replicas ends
+with an error, in vLLM's form; so does one that cannot be continued. Each attempt has a ``Route``, by which it and the
+router know of each other.
 
 A relay goes through the model's door (``cluster.door``), which may let it wait, before it goes to a replica. Where the
 cluster ends a request by itself, refused or past its deadline, vLLM sees an abort, and the HTTP layer says why.
@@ -38,6 +40,7 @@ from vllm.v1.engine.core_client import AsyncMPClient
 
 from cluster.attempt_watch import unanswered
 from cluster.bench.report import Slo
+from cluster.continuation import continued, why_final
 from cluster.door import Door
 from cluster.engine_slots import EngineSlots
 from cluster.output_inbox import OutputInbox
@@ -53,6 +56,9 @@ from replicas.replica import ReplicaInfo, ReplicaStats
 logger = logging.getLogger("ray.serve")
 
 RETRIES = 2
+"""Of a request that gets no token meanwhile."""
+ATTEMPTS_MOST = 8
+"""Of any request: one that kills its replica after a token each time must not go on for ever."""
 POLL_PERIOD_S = 1.0
 POLL_TIMEOUT_S = 3.0
 STALE_AFTER_S = 15.0
@@ -73,6 +79,9 @@ class Relay:
     fault: str | None = None
     """What is wrong with its outputs, or with its replica, where something is."""
     retries_left: int = RETRIES
+    attempts: int = 0
+    base: int = 0
+    """Tokens that there were when the present attempt began."""
     route: Route | None = None
     """Of the present attempt; ticket: likewise."""
     ticket: int = 0
@@ -80,6 +89,19 @@ class Relay:
     """The present attempt is being cancelled for its fault, and not by the client."""
     seen: int = 0
     """Tokens at the last look of ``cluster.attempt_watch``."""
+
+    @property
+    def has_answered(self) -> bool:
+        """The present attempt has brought a token."""
+        return len(self.token_ids) > self.base
+
+    def why_over(self) -> str | None:
+        """Why the attempt that has failed was the last; None where another one may help."""
+        if self.has_answered:
+            self.retries_left = RETRIES
+        if not self.retries_left or self.attempts == ATTEMPTS_MOST:
+            return f"{self.attempts} attempts have failed"
+        return why_final(self.request) if self.token_ids else None
 
 
 @dataclass
@@ -93,7 +115,8 @@ class ClusterCore:
     """The replicas of one model as one engine core. Belongs to the event loop it is built on.
 
     Attributes:
-        reachable: replicas that answered the last poll; retried: requests sent again before their first token.
+        reachable: replicas that answered the last poll.
+        retried: requests sent again before their first token; continued: likewise, after it.
         ttft_error, tpot_error: of what the router has predicted.
     """
 
@@ -120,7 +143,7 @@ class ClusterCore:
         self.resources = CoreResources()
         self.engine_ranks_managed = list(range(replicas))
         self.reachable = replicas
-        self.retried = 0
+        self.retried = self.continued = 0
         self.ttft_error, self.tpot_error = PredictionError(), PredictionError()
         self._model = model
         self._name = uuid4().hex
@@ -262,32 +285,33 @@ class ClusterCore:
             owner = relay.part.request
             slo = owner.slo if owner is not None else Slo()
             _tell_engine(relay.request, slo)
-            asks = RouteRequest(prompt_length(relay.request), prefix_ids(relay.request), slo)
-            while (error := await self._try_once(relay, asks)) is not None:
-                if relay.token_ids or not relay.retries_left:
-                    logger.error(
-                        "request %s ends with an error after %d tokens: %s", request_id, len(relay.token_ids), error
-                    )
+            while (error := await self._try_once(relay, slo)) is not None:
+                tokens = len(relay.token_ids)
+                if (why := relay.why_over()) is not None:
+                    logger.error("request %s ends in an error after %d tokens: %s; %s", request_id, tokens, error, why)
                     relay.part.failed = True
                     self._put_out(EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR))
                     return
                 relay.retries_left -= 1
-                self.retried += 1
-                logger.warning(
-                    "request %s: its replica is gone before the first token, trying another: %s", request_id, error
-                )
+                self.retried += not tokens
+                self.continued += tokens > 0
+                logger.warning("request %s goes on elsewhere after %d tokens: %s", request_id, tokens, error)
         finally:
             self.door.ended(relay.part)
             self._relays.pop(request_id, None)
 
-    async def _try_once(self, relay: Relay, asks: RouteRequest) -> Exception | None:
-        """Run the request on one replica. Returns what ended it early; None where it has finished."""
+    async def _try_once(self, relay: Relay, slo: Slo) -> Exception | None:
+        """Run the request, or what is left of it, on one replica. Returns what ended it early; None where it has
+        finished."""
+        request = continued(relay.request, relay.token_ids)
+        asks = RouteRequest(prompt_length(request), prefix_ids(request), slo)
         relay.ticket, relay.route = next(self._tickets), Route(asks)
         relay.fault, relay.given_up = None, False
+        relay.attempts, relay.base = relay.attempts + 1, len(relay.token_ids)
         self._by_ticket[relay.ticket] = relay
         error: Exception | None = None
         call: Any = self._generate.remote(
-            self._codec.encode_request(relay.request), self._address, relay.ticket, route=relay.route
+            self._codec.encode_request(request), self._address, relay.ticket, route=relay.route
         )
         try:
             await call
@@ -302,9 +326,9 @@ class ClusterCore:
             error = caught
         finally:
             self._by_ticket.pop(relay.ticket, None)  # what is still on its way from this replica is nobody's any more
-            if error is not None and not relay.token_ids:
+            if error is not None and not relay.has_answered:
                 relay.route.failed()
-            relay.route.ended(len(relay.token_ids))
+            relay.route.ended(len(relay.token_ids) - relay.base)
         if relay.finished:
             self._check_prediction(relay.part, relay.route)
             return None
@@ -342,10 +366,10 @@ class ClusterCore:
         relay = self._by_ticket.get(ticket)
         if relay is None or relay.finished or relay.fault is not None:
             return
-        if offset != len(relay.token_ids):
-            relay.fault = f"tokens from {offset} came after {len(relay.token_ids)} tokens"
+        if offset != len(relay.token_ids) - relay.base:
+            relay.fault = f"tokens from {offset} came after {len(relay.token_ids) - relay.base} tokens"
             return
-        if not relay.token_ids and relay.route is not None:
+        if not relay.has_answered and relay.route is not None:
             relay.route.first_token()
         relay.token_ids.extend(output.new_token_ids)
         relay.part.tokens = len(relay.token_ids)

@@ -1,4 +1,4 @@
-"""A replica that is killed while it streams: what its clients see, and that nothing of it stays."""
+"""A replica that is killed while it streams: its clients see nothing of it, and nothing of it stays."""
 
 import json
 import time
@@ -60,8 +60,8 @@ def until(reached: Callable[[], bool], what: str) -> None:
 
 
 def test_killed_replica(cluster: str, model: str) -> None:
-    """SIGKILL of a replica ends its own streams with an error that is one, and no other; requests that come during and
-    after it are answered; its engine's processes end with it; and another replica takes its place."""
+    """SIGKILL of a replica ends no stream: its own go on at the other one, with every token that was asked for; requests
+    that come meanwhile are answered; its engine's processes end with it; and another replica takes its place."""
 
     def metric(name: str) -> float:
         lines = httpx.get(f"{cluster}/metrics", trust_env=False).text.splitlines()
@@ -85,10 +85,8 @@ def test_killed_replica(cluster: str, model: str) -> None:
         during = [pool.submit(stream, cluster, model) for _ in range(4)]
         ends = [future.result() for future in before]
         assert [future.result() for future in during] == [(TOKENS, False)] * 4
-    whole = [end for end in ends if end == (TOKENS, False)]
-    broken = [tokens for tokens, failed in ends if failed]
-    assert (len(whole), len(broken)) == (2, 2), "two on each replica"
-    assert all(tokens < TOKENS for tokens in broken)
+    assert ends == [(TOKENS, False)] * 4
+    assert metric("ellm_requests_continued_total") >= 1
     assert not psutil.wait_procs(engine, timeout=20)[1], "processes of the killed replica's engine"
     until(lambda: not any(file.exists() for file in files), "shared memory holds nothing of the killed engine")
     until(lambda: metric("ellm_replicas_reachable") == 2, "another replica has taken its place")

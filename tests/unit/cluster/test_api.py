@@ -67,6 +67,7 @@ def served(name: str) -> ServedModel:
         reachable=1,
         in_flight=2,
         retried=3,
+        continued=0,
         rests=False,
         door=Door(),
         replica_numbers={0: "r"},

@@ -15,6 +15,11 @@ class Attempt:
     route: Route | None
     token_ids: list[int] = field(default_factory=list)
     seen: int = 0
+    base: int = 0
+
+    @property
+    def has_answered(self) -> bool:
+        return len(self.token_ids) > self.base
 
 
 def attempt(sent_s: float = NOW_S, accepted_s: float = math.nan, predicted_s: float = math.nan) -> Attempt:

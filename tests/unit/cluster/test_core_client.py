@@ -12,6 +12,7 @@ from ray.exceptions import RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 
 import cluster.core_client
@@ -19,14 +20,14 @@ from cluster.admission import AdmissionQueue
 from cluster.attempt_watch import ACCEPT_S
 from cluster.bench.report import Slo
 from cluster.config import SloClass
-from cluster.core_client import ClusterCore
+from cluster.core_client import ATTEMPTS_MOST, ClusterCore
 from cluster.door import Door
 from cluster.engine_slots import EngineSlots
 from cluster.request_slo import CURRENT, RequestSlo, Stop
 from cluster.room import Room
 from cluster.route import RouteEvent, Standing
 from cluster.slo import Ending
-from replicas.hop import TPOT_TARGET_ARG, TTFT_TARGET_ARG
+from replicas.hop import TPOT_TARGET_ARG, TTFT_TARGET_ARG, HopCodec
 from tests.unit.cluster.fake_replicas import INFO, FakeHandle, died, request, stats
 
 
@@ -263,11 +264,46 @@ async def test_predictions_are_held_against_what_came(make_core: MakeCore) -> No
 
 
 @pytest.mark.parametrize("end", [died(), "end", "cancel", BackPressureError(1, 1), task_error()])
-async def test_an_end_after_tokens_is_an_error_not_a_repetition(make_core: MakeCore, end: Any) -> None:
-    """Tokens that the client has seen are never sent twice: whatever ends the call, the request ends in an error."""
-    handle = FakeHandle([[4, end]])
+async def test_an_answer_goes_on_elsewhere(make_core: MakeCore, end: Any) -> None:
+    """Whatever ends the call in the middle of an answer, another replica goes on after the last token: it gets prompt
+    and answer so far as its prompt and the rest of the length, and no token comes twice."""
+    handle = FakeHandle([[4, 5, end], [6, "finish"]])
     core = await make_core(handle)
     await core.add_request_async(request())
+    outputs = await outputs_until(core, ended())
+    assert (tokens(outputs), outputs[-1].finish_reason) == ([4, 5, 6], FinishReason.LENGTH)
+    rest = HopCodec().decode_request(handle.calls[1].frames)
+    assert rest.sampling_params is not None
+    assert (rest.request_id, rest.prompt_token_ids, rest.sampling_params.max_tokens) == ("r", [1, 2, 3, 4, 5], 6)
+    assert handle.calls[1].route.request.prompt_tokens == 5
+    assert (core.retried, core.continued) == (0, 1)
+
+
+async def test_a_token_renews_the_retries(make_core: MakeCore) -> None:
+    """An answer outlives more deaths than one attempt without a token may cost, as long as it gets on."""
+    handle = FakeHandle([[died()], [4, died()], [died()], [5, died()], [died()], [6, "finish"]])
+    core = await make_core(handle)
+    await core.add_request_async(request())
+    outputs = await outputs_until(core, ended())
+    assert (tokens(outputs), outputs[-1].finish_reason) == ([4, 5, 6], FinishReason.LENGTH)
+
+
+async def test_a_request_that_kills_its_replicas_ends(make_core: MakeCore) -> None:
+    """Even where each of them gives a token before it dies."""
+    handle = FakeHandle([[token, died()] for token in range(20)])
+    core = await make_core(handle)
+    await core.add_request_async(request())
+    outputs = await outputs_until(core, ended())
+    assert (tokens(outputs), outputs[-1].finish_reason) == (list(range(ATTEMPTS_MOST)), FinishReason.ERROR)
+
+
+async def test_what_cannot_be_continued_is_an_error_not_a_repetition(make_core: MakeCore) -> None:
+    """An answer whose next token depends on what its replica knew ends in an error, and no token is sent twice."""
+    handle = FakeHandle([[4, died()]])
+    core = await make_core(handle)
+    guided = request()
+    guided.sampling_params = SamplingParams(max_tokens=8, structured_outputs=StructuredOutputsParams(regex="a+"))
+    await core.add_request_async(guided)
     outputs = await outputs_until(core, ended())
     assert (tokens(outputs), outputs[-1].finish_reason) == ([4], FinishReason.ERROR)
     assert len(handle.calls) == 1
