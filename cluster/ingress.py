@@ -1,10 +1,14 @@
 """What one ingress process holds: for each model a ClusterEngine over its replicas, and the API over all of them."""
 
 import asyncio
+import time
 from argparse import Namespace
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 from starlette.applications import Starlette
 from vllm.config import VllmConfig
@@ -28,6 +32,8 @@ from cluster.slo_ledger import SloLedger
 from cluster.slo_reports import SloReports
 from replicas.engine_config import build_engine_args
 from replicas.replica import ReplicaInfo
+
+_SUCCESSOR_S, _AGAIN_S = 60.0, 0.2
 
 
 async def build_ingress(settings: ClusterConfig, replica_limit: int) -> tuple[ModelTable, SloLedger, Starlette]:
@@ -68,7 +74,7 @@ async def _serve(model: ApiModel, settings: ClusterConfig, replica_limit: int) -
     handle = await asyncio.to_thread(
         serve.get_deployment_handle, ENGINE_DEPLOYMENT, model_app_name(model.spec.model_name)
     )
-    info: ReplicaInfo = await handle.info.remote()
+    info = await first_info(handle)
     _learn(config, info)
     seqs = min(model.spec.max_num_seqs, replica_limit)
     door = open_door(settings.slo, settings.admission, seqs, model.replicas, settings.http.ingress_replicas)
@@ -80,6 +86,21 @@ async def _serve(model: ApiModel, settings: ClusterConfig, replica_limit: int) -
     app = build_vllm_app(args, tasks, engine.model_config)
     await init_app_state(engine, app.state, args, tasks)
     return ServedModel(model.spec.model_name, engine, app, registry, handle.shutdown_async)
+
+
+async def first_info(handle: DeploymentHandle[Any]) -> ReplicaInfo:
+    """What a replica says of itself, once there is one. A model that was removed a moment ago and is served again is
+    unavailable until Ray Serve has told this process of the new one. Raises DeploymentUnavailableError where it does
+    not."""
+    deadline_s = time.monotonic() + _SUCCESSOR_S
+    while True:
+        try:
+            info: ReplicaInfo = await handle.info.remote()
+            return info
+        except DeploymentUnavailableError:
+            if time.monotonic() > deadline_s:
+                raise
+        await asyncio.sleep(_AGAIN_S)
 
 
 def _learn(config: VllmConfig, info: ReplicaInfo) -> None:
