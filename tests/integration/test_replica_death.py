@@ -60,8 +60,8 @@ def until(reached: Callable[[], bool], what: str) -> None:
 
 
 def test_killed_replica(cluster: str, model: str) -> None:
-    """SIGKILL of a replica ends no stream: its own go on at the other one, with every token that was asked for; requests
-    that come meanwhile are answered; its engine's processes end with it; and another replica takes its place."""
+    """SIGKILL of a replica ends no stream: its own go on at the other one, with every token that was asked for. Those
+    that come meanwhile are answered, its engine's processes end with it, and another replica takes its place."""
 
     def metric(name: str) -> float:
         lines = httpx.get(f"{cluster}/metrics", trust_env=False).text.splitlines()
