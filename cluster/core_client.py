@@ -289,16 +289,22 @@ class ClusterCore:
                 tokens = len(relay.token_ids)
                 if (why := relay.why_over()) is not None:
                     logger.error("request %s ends in an error after %d tokens: %s; %s", request_id, tokens, error, why)
-                    relay.part.failed = True
-                    self._put_out(EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR))
+                    self._fail(relay)
                     return
                 relay.retries_left -= 1
                 self.retried += not tokens
                 self.continued += tokens > 0
                 logger.warning("request %s goes on elsewhere after %d tokens: %s", request_id, tokens, error)
+        except Exception:  # a defect: its client must not wait for ever
+            logger.exception("request %s ends in an error", request_id)
+            self._fail(relay)
         finally:
             self.door.ended(relay.part)
             self._relays.pop(request_id, None)
+
+    def _fail(self, relay: Relay) -> None:
+        relay.part.failed = True
+        self._put_out(EngineCoreOutput(relay.request.request_id, [], finish_reason=FinishReason.ERROR))
 
     async def _try_once(self, relay: Relay, slo: Slo) -> Exception | None:
         """Run the request, or what is left of it, on one replica. Returns what ended it early; None where it has

@@ -18,6 +18,8 @@ PLACES = 4
 TOKENS_PER_S = 20
 DEADLINE_S = 30.0
 
+pytestmark = pytest.mark.slow
+
 
 def ellm(url: str, *arguments: str) -> None:
     command = [sys.executable, "-m", "cluster.cli", "models", *arguments, "--url", url]

@@ -297,6 +297,14 @@ async def test_a_request_that_kills_its_replicas_ends(make_core: MakeCore) -> No
     assert (tokens(outputs), outputs[-1].finish_reason) == (list(range(ATTEMPTS_MOST)), FinishReason.ERROR)
 
 
+async def test_a_defect_ends_the_request(make_core: MakeCore) -> None:
+    """Whatever goes wrong in here, no client waits for ever."""
+    core = await make_core(FakeHandle([]))  # its next call raises IndexError
+    await core.add_request_async(request())
+    outputs = await outputs_until(core, ended())
+    assert (outputs[-1].finish_reason, core.in_flight) == (FinishReason.ERROR, 0)
+
+
 async def test_what_cannot_be_continued_is_an_error_not_a_repetition(make_core: MakeCore) -> None:
     """An answer whose next token depends on what its replica knew ends in an error, and no token is sent twice."""
     handle = FakeHandle([[4, died()]])

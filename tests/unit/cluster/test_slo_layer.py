@@ -209,9 +209,9 @@ async def test_a_client_that_goes_counts_as_neither(front: Open, stream: bool) -
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_request_that_fails_is_a_miss(front: Open, stream: bool) -> None:
-    """A replica that dies after the first token ends its request with an error, which is counted."""
+    """A replica that dies after the first token ends a request that cannot go on elsewhere, which is counted."""
     async with front([5, died()]) as api:
-        await ask(api, stream=stream)
+        await ask(api, stream=stream, presence_penalty=0.5)
         assert tally(api, "chat").endings == {Ending.FAILED: 1}
 
 
