@@ -95,11 +95,16 @@ class Relay:
         """The present attempt has brought a token."""
         return len(self.token_ids) > self.base
 
+    @property
+    def is_last_attempt(self) -> bool:
+        """No other may follow the present one, unless it brings a token."""
+        return not self.retries_left or self.attempts == ATTEMPTS_MOST
+
     def why_over(self) -> str | None:
         """Why the attempt that has failed was the last; None where another one may help."""
         if self.has_answered:
             self.retries_left = RETRIES
-        if not self.retries_left or self.attempts == ATTEMPTS_MOST:
+        if self.is_last_attempt:
             return f"{self.attempts} attempts have failed"
         return why_final(self.request) if self.token_ids else None
 
@@ -399,7 +404,7 @@ class ClusterCore:
             if (now_s := time.monotonic()) - looked_s > 2 * WATCH_PERIOD_S:
                 continue
             for relay, fault in unanswered(self._relays.values(), now_s):
-                if relay.retries_left and relay.task is not None and not relay.given_up:
+                if relay.task is not None and not relay.is_last_attempt and not relay.given_up:
                     relay.fault, relay.given_up = fault, True
                     self._by_ticket.pop(relay.ticket, None)
                     relay.task.cancel()

@@ -7,6 +7,8 @@ import httpx
 import psutil
 import pytest
 
+from tests.integration.replica_processes import replica_processes
+
 DEADLINE_S = 120.0
 
 pytestmark = pytest.mark.slow
@@ -14,13 +16,8 @@ pytestmark = pytest.mark.slow
 
 def ingress() -> psutil.Process:
     """The process of this host that serves the API, below this process."""
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "ServeReplica:ellm:api" in " ".join(process.cmdline()):
-                return process
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-    raise AssertionError("there is no ingress")
+    (found,) = replica_processes("ellm:api")
+    return found
 
 
 def running(url: str) -> int | None:

@@ -10,22 +10,12 @@ import httpx
 import psutil
 import pytest
 
+from tests.integration.replica_processes import replica_processes
+
 TOKENS = 60
 DEADLINE_S = 150.0
 
 pytestmark = pytest.mark.slow
-
-
-def engine_replicas() -> list[psutil.Process]:
-    """Processes of this host's engine replicas, below this process."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "ServeReplica:ellm-model:" in " ".join(process.cmdline()):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-    return found
 
 
 def shared_memory_of(processes: list[psutil.Process]) -> set[Path]:
@@ -74,7 +64,7 @@ def test_killed_replica(cluster: str, model: str) -> None:
 
     until(lambda: metric("ellm_replicas_reachable") == 2, "both replicas answer")
     until(lambda: reported() == [0, 0], "the router knows that both are idle")
-    victim = engine_replicas()[0]
+    victim = replica_processes()[0]
     engine = victim.children(recursive=True)
     assert len(engine) >= 2, "an engine core and a worker"
     files = shared_memory_of(engine)

@@ -12,6 +12,8 @@ import httpx
 import psutil
 import pytest
 
+from tests.integration.replica_processes import replica_processes
+
 DEADLINE_S = 120.0
 PREFIX, TAIL = 768, 32
 
@@ -69,18 +71,6 @@ def stopped(process: psutil.Process) -> Iterator[None]:
         yield
     finally:
         process.resume()
-
-
-def replica_processes() -> list[psutil.Process]:
-    """The actors of the model's replicas, below this process."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "ServeReplica:ellm-model:" in " ".join(process.cmdline()):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-    return found
 
 
 def test_prompts_that_begin_alike_meet(cluster: str, model: str) -> None:
