@@ -32,7 +32,7 @@ from replicas.environment import environment
 from replicas.local_engine import LocalEngine, local_engine
 from replicas.spec import EngineSpec
 
-BLOCK_BYTES = 30 * 2 * 3 * 64 * 2 * 128  # layers x (K, V) x KV heads x head size x bfloat16 x tokens a block
+BLOCK_BYTES = 30 * 2 * 3 * 64 * 4 * 128  # layers x (K, V) x KV heads x head size x float32 x tokens a block
 CEILING_BLOCKS, REST_BLOCKS, GUARANTEE_BLOCKS = 364, 8, 18
 CLIENTS = 16
 SLICE_S = 0.5
@@ -46,11 +46,11 @@ def spec(elastic: bool) -> EngineSpec:
         model_name="smollm2",
         model_path=str(get_default_model(print)),
         max_model_len=2048,
-        dtype="bfloat16",
+        dtype="float32",
         kv_ceiling_bytes=CEILING_BLOCKS * BLOCK_BYTES,
         kv_rest_bytes=REST_BLOCKS * BLOCK_BYTES,
         kv_guarantee_bytes=GUARANTEE_BLOCKS * BLOCK_BYTES,
-        weights_bytes=269 << 20,
+        weights_bytes=538 << 20,
         max_num_seqs=64,
         max_num_batched_tokens=2048,
         elastic=elastic,

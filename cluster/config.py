@@ -113,7 +113,8 @@ class ModelConfig(_Section):
     autoscaling_config: AutoscalingConfig = Field(default_factory=AutoscalingConfig)
     """How the number of replicas follows the demand."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Type of weights and KV cache. auto: the checkpoint's own, bfloat16 where that is float32."""
+    """Type of weights and KV cache. auto: the checkpoint's own, bfloat16 where that is float32. On an x86 CPU without
+    AVX-512, which is far slower in bfloat16: float32."""
     max_model_len: Count = None
     """Tokens of one longest request, prompt and output. auto: the model's own limit, at most 8192."""
     max_num_seqs: int = Field(default=64, ge=1)

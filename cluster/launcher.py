@@ -159,7 +159,7 @@ class LocalCluster:
 
     def _resolve(self, model: ModelConfig, say: Callable[[str], None]) -> ModelFacts:
         facts = read_facts(resolve_source(model.source, say), model)
-        say(f"{model.name}: {facts.weights_bytes / MIB:.0f} MiB of {facts.dtype} weights in {facts.path}")
+        say(f"{model.name}: {facts.weights_line}")
         return facts
 
     def _size(self, facts: list[ModelFacts], say: Callable[[str], None]) -> Sizing:

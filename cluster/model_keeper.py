@@ -248,7 +248,7 @@ class ModelKeeper:
 
     def _read(self, config: ModelConfig, story: ModelStory) -> ModelFacts:
         facts = read_facts(resolve_source(config.source, lambda line: story.say("model", line)), config)
-        story.say("model", f"{facts.weights_bytes / MIB:.0f} MiB of {facts.dtype} weights in {facts.path}")
+        story.say("model", facts.weights_line)
         return facts
 
     async def _size(self, config: ModelConfig, facts: ModelFacts, story: ModelStory) -> None:

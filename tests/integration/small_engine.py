@@ -5,10 +5,10 @@ import random
 from cluster.default_model import get_default_model
 from replicas.spec import EngineSpec
 
-BLOCK_BYTES = 30 * 2 * 3 * 64 * 2 * 128  # layers x (K, V) x KV heads x head size x bfloat16 x tokens a block
+BLOCK_BYTES = 30 * 2 * 3 * 64 * 4 * 128  # layers x (K, V) x KV heads x head size x float32 x tokens a block
 BUDGET_BYTES = 40 * BLOCK_BYTES
 GUARANTEE_BYTES = 10 * BLOCK_BYTES
-WEIGHTS_BYTES = 269 << 20
+WEIGHTS_BYTES = 538 << 20
 
 
 def small_spec() -> EngineSpec:
@@ -16,7 +16,7 @@ def small_spec() -> EngineSpec:
         model_name="smollm2",
         model_path=str(get_default_model(lambda line: None)),
         max_model_len=1024,
-        dtype="bfloat16",
+        dtype="float32",
         kv_ceiling_bytes=BUDGET_BYTES,
         kv_rest_bytes=2 * BLOCK_BYTES,
         kv_guarantee_bytes=GUARANTEE_BYTES,

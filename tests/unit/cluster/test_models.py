@@ -15,6 +15,12 @@ from cluster.models import ModelError, read_facts, resolve_source
 Checkpoint = Callable[..., Path]
 
 
+@pytest.fixture(autouse=True)
+def fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the CPU of these tests is like."""
+    monkeypatch.setattr("cluster.models.has_slow_half_precision", lambda: False)
+
+
 def quiet(line: str) -> None:
     assert line
 
@@ -70,6 +76,20 @@ def test_the_dtype_is_resolved(checkpoint: Checkpoint, saved: str | None, asked:
     config = json.loads((folder / "config.json").read_text()) | {"dtype": saved}
     (folder / "config.json").write_text(json.dumps(config))
     assert read_facts(folder, ModelConfig.model_validate({"dtype": asked})).dtype == used
+
+
+def test_a_cpu_that_is_slow_in_bfloat16_computes_in_float32(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user asks for bfloat16; the operator reads why."""
+    monkeypatch.setattr("cluster.models.has_slow_half_precision", lambda: True)
+    folder = checkpoint()
+    facts = read_facts(folder, ModelConfig())
+    assert facts.dtype == "float32"
+    assert "float32 weights (this CPU has no AVX-512" in facts.weights_line
+    asked = read_facts(folder, ModelConfig(dtype="bfloat16"))
+    assert asked.dtype == "bfloat16"
+    assert "bfloat16 weights in" in asked.weights_line
 
 
 def test_the_longest_request_is_resolved(checkpoint: Checkpoint) -> None:
