@@ -62,23 +62,22 @@ class CudaMeter:
         return [ActivationSample(tokens, self._rows, self._held_bytes if self._clean else None, self._held_bytes)]
 
     def make_room(self, tokens: int, rows: int, step_bytes: int) -> None:
-        if self._allocator is None or not self._held_bytes:
-            return
         larger = tokens > self._largest[0] or rows > self._largest[1]
         if self._held_bytes > self._keep_bytes + (0 if larger else step_bytes):
             self._trim()
+        self._clean = not self._held_bytes  # vLLM allocates a step's inputs before it calls start_step
 
     def rest(self) -> None:
         if self._allocator is None:
             torch.cuda.empty_cache()
         else:
             self._trim()
+            self._clean = True
 
     def start_step(self, tokens: int, rows: int) -> None:
         if not tokens:
             return
         self._tokens, self._rows = tokens, rows
-        self._clean = not self._held_bytes
         self._largest = (max(tokens, self._largest[0]), max(rows, self._largest[1]))
 
     @property

@@ -15,7 +15,7 @@ from replicas.spec import EngineSpec
 
 _ELASTIC_ON_GPU = {"worker_cls": "replicas.gpu_worker.ElasticGpuWorker"}
 _ELASTIC_ON_CPU = {"worker_cls": "replicas.cpu_worker.ElasticCpuWorker"}
-_GPU_MAP_BATCH_BYTES = 256 << 20
+_GPU_MAP_BATCH_BYTES = 1 << 30
 """A step that moves memory waits for the GPU: few large moves cost less than many small ones."""
 _SHARED_GPU = {"gpu_memory_utilization": 0.05}
 """vLLM wants this share of a GPU to be free when an engine starts; what it uses is decided by kv_cache_memory_bytes."""

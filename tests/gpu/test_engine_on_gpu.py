@@ -18,12 +18,12 @@ from tests.integration.shaken_engine import prompts, settled, swinging
 from tests.integration.tiny_models import IDS, tiny_llama, tiny_spec
 
 MIB = 1 << 20
-EXTENT_BYTES = 8 * MIB  # 128 blocks of 64 KiB
-KV_CEILING_BYTES, GUARANTEE_BYTES = 128 * MIB, 2 * EXTENT_BYTES
+EXTENT_BYTES = 16 * MIB  # 256 blocks of 64 KiB
+KV_CEILING_BYTES, GUARANTEE_BYTES = 256 * MIB, 2 * EXTENT_BYTES
 KV_LIMITS_BYTES = [GUARANTEE_BYTES, 3 * EXTENT_BYTES, 5 * EXTENT_BYTES, KV_CEILING_BYTES]
 STEP_BYTES = 128 * MIB
 """More than a step of the tiny model takes: torch asks for segments of 2 and 20 MiB, in whole chunks."""
-PROMPTS, TOKENS = 40, 400
+PROMPTS, TOKENS = 60, 400
 LEAK_BYTES = 64 * MIB
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cuda(), reason="the installed vLLM is not its GPU build")

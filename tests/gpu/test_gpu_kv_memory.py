@@ -19,7 +19,7 @@ from tests.tiny_transformer import GEOMETRY, SHAPE, ElasticCache, elastic_equals
 
 MIB = 1 << 20
 BLOCKS = 64
-BLOCK = 8 * MIB
+BLOCK = 16 * MIB
 BLOCK_BY_BLOCK = KvGeometry(BLOCKS * BLOCK, BLOCKS, (KvRegion(0, 1, BLOCK, BLOCK, BLOCK),))
 
 

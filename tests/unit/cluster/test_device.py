@@ -113,10 +113,10 @@ def test_what_is_missing_is_named(
 
 def test_memory_of_a_gpu_comes_in_whole_extents() -> None:
     """Blocks that a chunk holds several of are reckoned in runs, those of a whole chunk by themselves. A chunk has no
-    less than 8 MiB."""
-    whole, small = (device_module.KvUnit(gpu(0), size) for size in (8 * MIB, 360 << 10))
-    assert (whole.unit_blocks, whole.unit_bytes, whole.bytes_for(3)) == (1, 8 * MIB, 24 * MIB)
-    assert device_module.KvUnit(gpu(0), 2 * MIB).bytes_for(3) == 8 * MIB
+    less than 16 MiB."""
+    whole, small = (device_module.KvUnit(gpu(0), size) for size in (16 * MIB, 360 << 10))
+    assert (whole.unit_blocks, whole.unit_bytes, whole.bytes_for(3)) == (1, 16 * MIB, 48 * MIB)
+    assert device_module.KvUnit(gpu(0), 2 * MIB).bytes_for(3) == 16 * MIB
     assert small.unit_bytes % (2 * MIB) == 0 and small.bytes_for(1) == small.unit_bytes
     assert small.bytes_for(1000) >= 1000 * (360 << 10)
     assert device_module.KvUnit(HOST, 360 << 10).bytes_for(3) == 3 * (360 << 10)

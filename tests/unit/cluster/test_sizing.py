@@ -242,7 +242,7 @@ def test_a_gpu_is_filled() -> None:
     (spec,) = sizing.specs
     fixed = 2 * (GPU.replica_bytes + 16 * GIB + 2 * 2048 * 24_000)
     assert sizing.budget_bytes == pytest.approx(76 * GIB - fixed, abs=MIB)
-    assert spec.kv_guarantee_bytes == -(-(8192 // 16 + 2) * 16 * 131072 // (8 * MIB)) * 8 * MIB
+    assert spec.kv_guarantee_bytes == -(-(8192 // 16 + 2) * 16 * 131072 // (16 * MIB)) * 16 * MIB
     assert spec.engine_args == {}
     host = plan_sizes(ClusterConfig(), [facts(kv_token_bytes=131072, weights_bytes=16 * GIB)], 76 * GIB, HOST)
     assert host.budget_bytes < sizing.budget_bytes

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memory_agent.chunks import ChunkOwner
+from memory_agent.cuda_vmm import CHUNK_GRANULES
 from memory_agent.extents import ExtentMap, KvGeometry, KvRegion
 from memory_agent.lease_board import NO_FD
 from replicas.kv_device import CudaDevice
@@ -31,7 +32,7 @@ def on_gpu(geometry: KvGeometry, driver: MappedCudaDriver, rest_bytes: int = 0) 
 
 @pytest.fixture
 def driver() -> MappedCudaDriver:
-    return MappedCudaDriver(CHUNK // 4, 64 * CHUNK)
+    return MappedCudaDriver(CHUNK // CHUNK_GRANULES[0], 64 * CHUNK)
 
 
 def test_the_allocation_of_vllm_is_answered_with_the_gpus_memory(driver: MappedCudaDriver) -> None:
@@ -127,7 +128,7 @@ def test_blocks_are_copied_out_and_back(driver: MappedCudaDriver, geometry: KvGe
 def test_any_moves_and_refusals_keep_data_and_books(geometry: KvGeometry, data: st.DataObject) -> None:
     """Along any sequence of moves, of which the driver may refuse any call once, each mapped block keeps what was
     written to it, new ones read zero or what they held, and the books balance with the driver."""
-    driver = MappedCudaDriver(CHUNK // 4, 80 * CHUNK)
+    driver = MappedCudaDriver(CHUNK // CHUNK_GRANULES[0], 80 * CHUNK)
     memory = on_gpu(geometry, driver)
     extents = ExtentMap(geometry, memory.chunk_bytes)
     raw = memory.adopt()

@@ -65,12 +65,23 @@ class World:
         self.step(1, 1, stays=2)  # the very first teaches nothing
         self.samples: list[ActivationSample] = []
 
-    def step(self, tokens: int, *tensors: int, rows: int = 1, keep: int = 0, charged: int = 0, stays: int = 0) -> None:
-        """One step of the worker: the one before it is settled, ``charged`` chunks are what it may take."""
+    def step(
+        self,
+        tokens: int,
+        *tensors: int,
+        rows: int = 1,
+        keep: int = 0,
+        charged: int = 0,
+        stays: int = 0,
+        inputs: tuple[int, ...] = (),
+    ) -> None:
+        """One step of the worker: the one before it is settled, ``charged`` chunks are what it may take. vLLM makes its
+        inputs before it calls the connector."""
         self.samples = self.meter.finish_step(keep * CHUNK)
         self.meter.make_room(tokens, rows, charged * CHUNK)
         self.found = self.held
         with self.meter.step():
+            self.torch.forward(*inputs)
             self.meter.start_step(tokens, rows)
             self.torch.forward(*tensors, stays=stays)
 
@@ -91,6 +102,15 @@ def test_a_step_is_measured_by_its_chunks(world: World) -> None:
     world.step(10, 5, 3)
     world.step(10, 5, 3, charged=8)
     assert world.samples == [ActivationSample(10, 1, 8 * CHUNK, 8 * CHUNK)]
+
+
+def test_inputs_are_the_steps_own(world: World) -> None:
+    """They are allocated before the connector hears of the forward, and hide no peak."""
+    world.step(10, 5, 3, inputs=(1,))
+    world.step(10, 5, 3, inputs=(1,), charged=9)
+    assert world.samples == [ActivationSample(10, 1, 9 * CHUNK, 9 * CHUNK)]
+    world.step(10, 5, 3, inputs=(1,), charged=9)
+    assert world.samples == [ActivationSample(10, 1, None, 9 * CHUNK)] and world.torch.trims == 1
 
 
 def test_a_step_that_finds_memory_shows_no_peak(world: World) -> None:

@@ -15,6 +15,7 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.gpu_worker import Worker
 
+from memory_agent.cuda_vmm import CHUNK_GRANULES
 from memory_agent.errors import SettingsError
 from memory_agent.lease_board import NO_FD, EngineWord
 from replicas import elastic_connector, engine_config, gpu_worker
@@ -42,7 +43,7 @@ GPU = SimpleNamespace(is_cuda=lambda: True)
 
 @pytest.fixture
 def driver() -> MappedCudaDriver:
-    return MappedCudaDriver(MIB // 4, 64 * MIB)
+    return MappedCudaDriver(MIB // CHUNK_GRANULES[0], 64 * MIB)
 
 
 @pytest.fixture
