@@ -22,6 +22,8 @@ from replicas.replica import EngineReplica
 from replicas.spec import EngineSpec
 
 if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
     from cluster.config import ClusterConfig, ModelConfig
     from cluster.model_plan import IngressState
     from cluster.model_set import ModelEntry
@@ -78,8 +80,9 @@ def model_app_name(model: str) -> str:
     return MODEL_APPS + quote(model, safe="")
 
 
-def build_api_app(config: "ClusterConfig") -> serve.Application:
-    """The API over all models of the registry; of ``config`` it takes what is not a model's."""
+def build_api_app(config: "ClusterConfig", control: serve.Application | None = None) -> serve.Application:
+    """The API over all models of the registry; of ``config`` it takes what is not a model's. control: the deployment
+    that starts the registry, where it is one of this application (``cluster.serve_app``)."""
     ingress = serve.deployment(
         name=API_DEPLOYMENT,
         num_replicas=config.http.ingress_replicas,
@@ -90,7 +93,7 @@ def build_api_app(config: "ClusterConfig") -> serve.Application:
         logging_config=_QUIET,
         ray_actor_options={"num_cpus": REPLICA_CPUS},
     )(ApiIngress)
-    return ingress.bind(config)
+    return ingress.bind(config, control)
 
 
 def routing_settings(config: "ClusterConfig") -> RoutingSettings:
@@ -163,12 +166,16 @@ class ApiIngress:
     """Serves the API on an address of its node, which all its replicas there share. Built when it takes requests, with
     every model that the cluster serves already."""
 
-    async def __init__(self, config: "ClusterConfig") -> None:  # type: ignore[misc]  # Ray Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, config: "ClusterConfig", control: "DeploymentHandle[Any] | None" = None
+    ) -> None:
         """Must run on the event loop that will serve requests, as Ray Serve does it. Raises OSError where nothing can
         listen at its address."""
         from cluster.http_server import HttpServer
         from cluster.ingress import build_ingress
 
+        if control is not None:
+            await control.started.remote()
         self._table, self._ledger, api = await build_ingress(config, REPLICA_REQUEST_LIMIT)
         self._server = HttpServer(api, config.http.host, config.http.port, INGRESS_REQUEST_LIMIT, DRAIN_S)
         await self._server.start()

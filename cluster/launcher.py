@@ -15,27 +15,27 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-from cluster.config import ClusterConfig, ModelConfig
+from cluster.config import ClusterConfig
 from cluster.default_model import DefaultModelError
 from cluster.device import HOST, Device, device_environment, find_device
 from cluster.footprint import Footprint, remove_leftovers
-from cluster.host_memory import free_memory_bytes
 from cluster.launch_error import LaunchError, keep_logs, root_cause
-from cluster.models import ModelFacts, read_facts, resolve_source
-from cluster.preflight import check_host_memory, check_platform, check_port, check_shared_memory
+from cluster.preflight import check_platform, check_port
 from cluster.readiness import answer_once
-from cluster.sizing import GIB, MIB, Sizing, plan_sizes
+from cluster.sizing import Sizing
+from cluster.start_stages import (
+    CONTROL_TIMEOUT_S,
+    OBJECT_STORE_BYTES,
+    RAY_CPUS,
+    check_engines,
+    read_models,
+    size_cluster,
+    start_control,
+)
 from memory_agent.errors import SettingsError
 
-if TYPE_CHECKING:
-    from cluster.model_set import ModelSet
-
-_RAY_CPUS = 2
-"""Only Ray's bookkeeping here, a hundredth an actor. Not the machine's: Ray starts as many idle workers."""
-_OBJECT_STORE_BYTES = 128 * MIB
-_CONTROL_TIMEOUT_S = 60.0
 _POLL_S = 0.5
 _SAY_AGAIN_S = 15.0
 _STOP_PATIENCE_S = 10.0
@@ -84,18 +84,17 @@ class LocalCluster:
             with self._stage("check") as say:
                 self._check(say)
             with self._stage("model") as say:
-                facts = [self._resolve(model, say) for model in self.config.models]
+                facts = read_models(self.config, say)
             with self._stage("memory") as say:
-                sizing = self.sizing = self._size(facts, say)
+                sizing = self.sizing = size_cluster(self.config, self.device, facts, say)
             with self._stage("engine") as say:
-                self._check_engines(sizing, say)
+                check_engines(sizing, say)
             self.footprint = Footprint()
             with self._stage("ray") as say:
                 self._start_ray(self.footprint)
                 say(f"local cluster {self.footprint.cluster_id}")
             with self._stage("control") as say:
-                registry = self._start_control(sizing, self.footprint)
-                say("memory agent and controller are up")
+                registry = start_control(self.config, self.footprint.cluster_id, self.device, sizing, say)
             with self._stage("replicas") as say:
                 self._start_replicas(registry, say)
                 self.footprint.note_segments()
@@ -157,58 +156,11 @@ class LocalCluster:
             say(f"engines share {self.device.name}. GPUs are experimental: no GPU has run this project's tests yet")
         say(f"configuration fits, {self.config.http.host}:{self.config.http.port} is free")
 
-    def _resolve(self, model: ModelConfig, say: Callable[[str], None]) -> ModelFacts:
-        facts = read_facts(resolve_source(model.source, say), model)
-        say(f"{model.name}: {facts.weights_line}")
-        return facts
-
-    def _size(self, facts: list[ModelFacts], say: Callable[[str], None]) -> Sizing:
-        sizing = plan_sizes(self.config, facts, self.device.free_bytes(), self.device)
-        for model, spec in zip(self.config.models, sizing.specs, strict=True):
-            say(
-                f"{model.replicas_shown} x {spec.model_name}, {spec.max_model_len} tokens: KV in MiB "
-                f"{spec.kv_rest_bytes // MIB} at rest, {spec.kv_guarantee_bytes // MIB} guaranteed, "
-                f"{spec.kv_ceiling_bytes // MIB} at most"
-            )
-        engines = list(zip(self.config.models, sizing.specs, strict=True))
-        buffers = sum(model.most_replicas * spec.host_buffer_bytes for model, spec in engines)
-        check_shared_memory(buffers)
-        if self.device.is_gpu:
-            check_host_memory(sum(model.most_replicas for model, _ in engines), buffers, free_memory_bytes())
-        say(f"KV budget {sizing.budget_bytes / GIB:.2f} GiB; the cluster needs {sizing.needed_bytes / GIB:.2f} GiB")
-        return sizing
-
-    def _check_engines(self, sizing: Sizing, say: Callable[[str], None]) -> None:
-        from cluster.engine_check import check_engine
-
-        for spec in sizing.specs:
-            check_engine(spec)
-        say("vLLM accepts the settings")
-
     def _start_ray(self, footprint: Footprint) -> None:
         from cluster.local_ray import start_ray, stop_ray
 
         self._undo.append(("ray", stop_ray))
-        start_ray(footprint, num_cpus=_RAY_CPUS, object_store_bytes=_OBJECT_STORE_BYTES)
-
-    def _start_control(self, sizing: Sizing, footprint: Footprint) -> Any:
-        """The controller and, where an engine is elastic, the memory agent. Waits until both answer. Returns the model
-        registry, which goes on starting meanwhile."""
-        import ray
-
-        from cluster.controller import ensure_controller
-        from cluster.model_registry import RegistrySpec, ensure_registry
-        from cluster.target_planner import TargetSettings
-        from memory_agent.agent import AgentSpec, ensure_agent
-
-        models = _initial_models(self.config, sizing)
-        registry = ensure_registry(RegistrySpec(footprint.cluster_id, self.device.name, self.config), models)
-        waiting = [ensure_controller(TargetSettings.of(self.config)).snapshot.remote()]
-        if sizing.budget_bytes:
-            agent_spec = AgentSpec(footprint.cluster_id, self.device.name, sizing.budget_bytes, sizing.weights_bytes)
-            waiting.append(ensure_agent(agent_spec).describe.remote())
-        ray.get(waiting, timeout=_CONTROL_TIMEOUT_S)
-        return registry
+        start_ray(footprint, num_cpus=RAY_CPUS, object_store_bytes=OBJECT_STORE_BYTES)
 
     def _start_replicas(self, registry: Any, say: Callable[[str], None]) -> None:
         """The API; with it there, the registry starts the replicas of every model. Waits until all serve."""
@@ -233,7 +185,7 @@ class LocalCluster:
         said, said_at = "", 0.0
         while True:
             api = app_state(serve.status().applications[APP_NAME])
-            models: list[dict[str, Any]] = ray.get(registry.listing.remote(), timeout=_CONTROL_TIMEOUT_S)
+            models: list[dict[str, Any]] = ray.get(registry.listing.remote(), timeout=CONTROL_TIMEOUT_S)
             failures = [f"{one['name']}: {one['error'].partition(': ')[2]}" for one in models if one["error"]]
             if api.failed or failures:
                 raise LaunchError("replicas", "; ".join(failures) or api.failed or "", self._logs())
@@ -263,13 +215,6 @@ def _run_while(lives: Callable[[], bool], work: Callable[[], None], timeout_s: f
     deadline = time.monotonic() + timeout_s
     while thread.is_alive() and time.monotonic() < deadline and lives():
         thread.join(_POLL_S)
-
-
-def _initial_models(config: ClusterConfig, sizing: Sizing) -> "ModelSet":
-    from cluster.model_set import ModelSet, new_entry
-
-    models = zip(config.models, sizing.specs, sizing.guarantees_bytes, strict=True)
-    return ModelSet(tuple(new_entry(*parts) for parts in models), sizing.budget_bytes)
 
 
 def _end_applications() -> None:

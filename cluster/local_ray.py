@@ -6,17 +6,8 @@ import secrets
 import signal
 
 from cluster.footprint import Footprint
+from cluster.start_stages import PROCESS_ENVIRONMENT
 
-_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",
-    # A replica that ends waits for its requests; one that hangs would wait for ever.
-    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_COLOR": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 _CLEARED = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "VLLM_CPU_KVCACHE_SPACE")
 """Each would overrule what the configuration says: another cluster, another token, another KV size."""
 
@@ -26,7 +17,7 @@ def start_ray(footprint: Footprint, num_cpus: int, object_store_bytes: int) -> N
     processes alone."""
     for name in _CLEARED:
         os.environ.pop(name, None)
-    os.environ.update(_ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
+    os.environ.update(PROCESS_ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
     os.environ["VLLM_RPC_BASE_PATH"] = str(footprint.folder)  # vLLM leaves its sockets behind
     import ray
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled, without stubs

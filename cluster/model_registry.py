@@ -74,6 +74,7 @@ class ModelRegistry:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
         fleet = ServeFleet(spec.cluster_id, spec.device, routing_settings(spec.config))
         device = device_named(spec.device)
+        self._config = spec.config
         self._keeper = ModelKeeper(spec.path, initial, spec.config, fleet, device=device)
         self._revision = time.time_ns()
         self._shown: tuple[tuple[ApiModel, ...], frozenset[str]] | None = None
@@ -81,6 +82,10 @@ class ModelRegistry:
         self._hurry = asyncio.Event()
         self._task = asyncio.create_task(self._run())
         self._task.add_done_callback(_die_with)
+
+    async def configuration(self) -> ClusterConfig:
+        """What the cluster was started with."""
+        return self._config
 
     async def add(self, config: ModelConfig) -> None:
         """Begin to add a model. Raises ModelConflictError."""
