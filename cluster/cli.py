@@ -17,6 +17,7 @@ from cluster.bench.command import bench
 from cluster.config import ClusterConfig, ModelConfig
 from cluster.config_file import ConfigError, example_config, load_config, validated
 from cluster.default_model import DefaultModelError, get_default_model
+from cluster.deploy.command import deploy_app
 from cluster.explain import explain
 from cluster.models_command import models_app
 from cluster.readiness import NoAnswer, read_status
@@ -36,6 +37,7 @@ app.add_typer(config_app, name="config")
 model_app = typer.Typer(help="The default model.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(models_app, name="models")
+app.add_typer(deploy_app, name="deploy")
 app.command()(bench)
 app.command()(explain)
 app.command()(simulate)

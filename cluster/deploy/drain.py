@@ -1,0 +1,94 @@
+"""Lets a node of Ray go: run in a pod before it is stopped, as its preStop hook.
+
+    python -m cluster.deploy.drain --within 630 --port 8000
+
+Ray puts nothing new on a node that is drained, and Ray Serve moves its replicas to others: a new one first, where there
+is room, then the old one ends, which goes on with the requests that it has.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable
+
+import httpx
+
+_POLL_S = 2.0
+_ASK_TIMEOUT_S = 3.0
+_ENGINE = ":engine"
+
+logger = logging.getLogger("ellm.drain")
+
+
+def drain(mark: Callable[[], None], busy: Callable[[], str], deadline_s: float, now: Callable[[], float]) -> str:
+    """Mark the node, and wait until nothing is left or it is ``deadline_s``. Returns what is left then, "" for
+    nothing."""
+    mark()
+    while (left := busy()) and now() < deadline_s:
+        time.sleep(_POLL_S)
+    return left
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status 0 also where something is left: the pod is stopped whatever it says."""
+    parser = ArgumentParser(
+        prog="python -m cluster.deploy.drain", description="Let this node's requests end elsewhere."
+    )
+    parser.add_argument("--within", type=int, required=True, help="seconds until the node is stopped anyway")
+    parser.add_argument("--port", type=int, required=True, help="of the API on this node")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
+    import ray
+
+    deadline_s = time.monotonic() + options.within
+    ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+    node_id = ray.get_runtime_context().get_node_id()
+    left = drain(
+        lambda: mark_node(node_id, options.within),
+        lambda: ", ".join(part for part in (engines_on(node_id), requests_at(options.port)) if part),
+        deadline_s,
+        time.monotonic,
+    )
+    logger.info("left at the end of the drain: %s", left or "nothing")
+    return 0
+
+
+def mark_node(node_id: str, within_s: int) -> None:
+    """Ask Ray to drain the node. It refuses for a head, which is logged: nothing is moved then."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--node-id", node_id]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the pod is being stopped"]
+    command += ["--deadline-remaining-seconds", str(within_s)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
+    if done.returncode:
+        logger.warning("Ray does not drain the node: %s", (done.stderr or done.stdout).strip())
+
+
+def engines_on(node_id: str) -> str:
+    """Engine replicas that are on the node still, in words; also where the head does not tell."""
+    from ray.util.state import list_actors
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        alive = list_actors(filters=[("node_id", "=", node_id), ("state", "=", "ALIVE")], limit=1000)
+    except RayStateApiException as error:
+        logger.warning("Ray does not tell what is on the node: %s", error)
+        return "engine replicas, maybe"
+    count = sum(str(actor.class_name).startswith("ServeReplica:") and _ENGINE in actor.class_name for actor in alive)
+    return f"{count} engine replicas" if count else ""
+
+
+def requests_at(port: int) -> str:
+    """Requests that this node's API has still, in words; nothing where no API answers."""
+    try:
+        answer = httpx.get(f"http://127.0.0.1:{port}/load", timeout=_ASK_TIMEOUT_S, trust_env=False)
+        load = int(answer.json()["server_load"])
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return ""
+    return f"{load} requests" if load else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

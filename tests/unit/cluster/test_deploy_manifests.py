@@ -1,0 +1,288 @@
+"""The Kubernetes objects of a cluster: valid, closed, and from the configuration that `ellm serve` takes."""
+
+import copy
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from cluster.config import ClusterConfig
+from cluster.config_file import ConfigError, parse_config
+from cluster.deploy.manifests import notes, render
+from cluster.deploy.ray_service import SHARED_MEMORY_MIB, labels, shared_memory_mib
+from cluster.deploy.settings import DeploySettings, load_settings, values_schema, with_exported
+from memory_agent.errors import SettingsError
+from tests.unit.cluster.kube_schema import check_object, check_ray_service, check_serve_config
+from tests.unit.cluster.test_cli import ellm
+
+CHART = Path(__file__).parents[3] / "deploy/helm/ellm-cluster"
+MODELS = """
+models:
+  - {source: Qwen/Qwen3-0.6B, replicas: 2}
+  - {source: Qwen/Qwen3-4B, autoscaling_config: {min_replicas: 1, max_replicas: 3}}
+memory: {budget: 8GiB, host_buffer: 512MiB}
+http: {port: 9000}
+"""
+VALUES: dict[str, dict[str, Any]] = {
+    "one GPU": {},
+    "one CPU": {"image": {"tag": "0.1.0-cpu"}, "worker": {"gpus": 0, "memory": "16Gi"}},
+    "several nodes": {"worker": {"replicas": 3, "maxReplicas": 5, "nodeSelector": {"gpu": "h100"}}},
+    "everything": {
+        "image": {"pullSecrets": ["registry"]},
+        "head": {"tolerations": [{"key": "head", "operator": "Exists"}], "nodeSelector": {"pool": "head"}},
+        "storage": {"claimName": "checkpoints", "tokenSecret": "hub"},
+        "faultTolerance": {"redisAddress": "redis:6379", "redisPasswordSecret": "redis"},
+        "networkPolicy": {"apiClients": [{"namespaceSelector": {"matchLabels": {"team": "chat"}}}]},
+        "podMonitor": True,
+        "dashboards": {"cluster.json": "{}"},
+        "alertRules": {"slo.yml": "groups: []"},
+    },
+}
+
+
+def settings(values: dict[str, Any]) -> DeploySettings:
+    return DeploySettings.model_validate(values)
+
+
+def objects(values: dict[str, Any], config: str = MODELS) -> dict[str, Any]:
+    found = render("chat", parse_config(config, "test"), settings(values))
+    return {f"{one['kind']} {one['metadata']['name']}": one for one in found}
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_every_object_is_valid(case: str) -> None:
+    """The RayService by KubeRay's CRD without room for a misspelt key, its pods and the others by Kubernetes' own
+    schemas, and the configuration in it is the one that was given, but for where the API listens."""
+    manifests = render("chat", parse_config(MODELS, "test"), settings(VALUES[case]))
+    for manifest in manifests[1:]:
+        check_object(manifest)
+    found = check_ray_service(manifests[0])
+    given = parse_config(MODELS, "test")
+    assert found.http.host == "0.0.0.0"
+    assert found.model_dump(exclude={"http"}) == given.model_dump(exclude={"http"})
+    assert found.http.port == given.http.port
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("spec", "upgradeStrateg"),
+        ("spec", "rayClusterConfig", "rayVersio"),
+        ("spec", "rayClusterConfig", "autoscalerOptions", "versio"),
+        ("spec", "rayClusterConfig", "headGroupSpec", "template", "spec", "securityContext", "runAsRoot"),
+        ("spec", "rayClusterConfig", "gcsFaultToleranceOptions", "storage", "siz"),
+    ],
+)
+def test_the_check_finds_a_misspelt_key(path: tuple[str, ...]) -> None:
+    """Otherwise it would prove nothing."""
+    manifest = copy.deepcopy(objects({})["RayService chat"])
+    check_ray_service(manifest)
+    here = manifest
+    for key in path[:-1]:
+        here = here[key]
+    here[path[-1]] = "x"
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        check_ray_service(manifest)
+
+
+@pytest.mark.parametrize("key", ["route_prefx", "deployments[0].num_replica", "proxy_locatio"])
+def test_the_check_finds_a_key_that_serve_ignores(key: str) -> None:
+    """Ray Serve accepts each of these and does nothing."""
+    tree = yaml.safe_load(objects({})["RayService chat"]["spec"]["serveConfigV2"])
+    place = tree if key == "proxy_locatio" else tree["applications"][0]
+    if key.startswith("deployments"):
+        place = place["deployments"][0]
+    place[key.rpartition(".")[2]] = 1
+    with pytest.raises(AssertionError, match=key.rpartition(".")[2]):
+        check_serve_config(yaml.safe_dump(tree))
+
+
+def test_the_head_does_no_work() -> None:
+    """No CPUs, so Serve places no replica there; the pods behind the API's Service are workers alone."""
+    spec = objects({})["RayService chat"]["spec"]
+    assert spec["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert spec["excludeHeadPodFromServeSvc"] is True
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_no_container_may_more_than_it_must(case: str) -> None:
+    """Not root, nothing written outside of volumes, no capability, no escalation: Ray's autoscaler included."""
+    cluster = objects(VALUES[case])["RayService chat"]["spec"]["rayClusterConfig"]
+    pods = [cluster["headGroupSpec"]["template"], cluster["workerGroupSpecs"][0]["template"]]
+    containers = [container for pod in pods for container in pod["spec"]["containers"]]
+    for context in [one["securityContext"] for one in [*containers, cluster["autoscalerOptions"]]]:
+        assert context["runAsNonRoot"] and context["readOnlyRootFilesystem"]
+        assert not context["allowPrivilegeEscalation"] and context["capabilities"] == {"drop": ["ALL"]}
+    for container in containers:
+        assert {"/dev/shm", "/tmp", "/home/ellm"} <= {mount["mountPath"] for mount in container["volumeMounts"]}
+
+
+def test_gpus_are_asked_for_under_limits() -> None:
+    """One of a GPU pod, none of a CPU pod."""
+    for case, gpus in (("one GPU", "1"), ("one CPU", None)):
+        worker = objects(VALUES[case])["RayService chat"]["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+        (container,) = worker["template"]["spec"]["containers"]
+        assert container["resources"]["limits"].get("nvidia.com/gpu") == gpus
+
+
+def test_shared_memory_holds_every_host_buffer() -> None:
+    """Those of the most replicas of every elastic model, each in the worker's volume; a static model has none."""
+    assert shared_memory_mib(parse_config(MODELS, "test")) == SHARED_MEMORY_MIB + (2 + 3) * 512
+    static = MODELS.replace("replicas: 2}", "replicas: 2, elastic: false}")
+    assert shared_memory_mib(parse_config(static, "test")) == SHARED_MEMORY_MIB + 3 * 512
+    volumes = objects({})["RayService chat"]["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
+    shared = next(one for one in volumes["volumes"] if one["name"] == "shared-memory")["emptyDir"]
+    assert shared == {"medium": "Memory", "sizeLimit": f"{SHARED_MEMORY_MIB + 5 * 512}Mi"}
+
+
+def test_every_worker_serves_the_api() -> None:
+    """As many ingress processes as workers, at most so many on one, and a worker is ready when its own answers."""
+    spec = objects({"worker": {"replicas": 3}}, MODELS + "\n")["RayService chat"]["spec"]
+    (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
+    assert application["args"]["http"]["ingress_replicas"] == 3
+    assert application["deployments"] == [{"name": "api", "max_replicas_per_node": 1}]
+    more = objects({"worker": {"replicas": 3}}, MODELS.replace("port: 9000", "port: 9000, ingress_replicas: 4"))
+    (application,) = yaml.safe_load(more["RayService chat"]["spec"]["serveConfigV2"])["applications"]
+    assert application["args"]["http"]["ingress_replicas"] == 4
+    assert application["deployments"][0]["max_replicas_per_node"] == 2
+    (container,) = spec["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]["containers"]
+    assert container["readinessProbe"]["httpGet"] == {"path": "/version", "port": "serve"}
+    assert {"name": "serve", "containerPort": 9000} in container["ports"]
+
+
+def test_a_worker_is_drained_before_it_is_stopped() -> None:
+    """The hook ends before Kubernetes' patience does."""
+    worker = objects({"worker": {"terminationGraceSeconds": 300}})["RayService chat"]["spec"]["rayClusterConfig"]
+    pod = worker["workerGroupSpecs"][0]["template"]["spec"]
+    command = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert command[:3] == ["python", "-m", "cluster.deploy.drain"]
+    assert int(command[command.index("--within") + 1]) < pod["terminationGracePeriodSeconds"] == 300
+    assert command[command.index("--port") + 1] == "9000"
+
+
+def test_another_configuration_is_another_cluster() -> None:
+    """KubeRay makes a new Ray cluster where the pods' annotation differs, and only there."""
+
+    def digest(config: str) -> str:
+        pods = objects({}, config)["RayService chat"]["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]
+        return str(pods["metadata"]["annotations"]["ellm/config-digest"])
+
+    assert digest(MODELS) == digest(MODELS + "\n# a comment\n")
+    assert digest(MODELS) != digest(MODELS.replace("budget: 8GiB", "budget: 9GiB"))
+
+
+def test_who_reaches_the_pods() -> None:
+    """Each other everywhere; clients the API alone; the operator the dashboard; Prometheus the metrics."""
+    policy = objects(VALUES["everything"])["NetworkPolicy chat"]["spec"]
+    assert policy["podSelector"]["matchLabels"] == labels("chat")
+    inside, clients, operator, monitoring = policy["ingress"]
+    assert "ports" not in inside and inside["from"] == [{"podSelector": {"matchLabels": labels("chat")}}]
+    assert clients["from"] == [{"namespaceSelector": {"matchLabels": {"team": "chat"}}}]
+    ports = [[port["port"] for port in rule["ports"]] for rule in (clients, operator, monitoring)]
+    assert ports == [[9000], [8265], [8080, 9000]]
+    assert "NetworkPolicy chat" not in objects({"networkPolicy": {"enabled": False}})
+
+
+def test_what_is_optional_is_there_when_it_is_asked_for() -> None:
+    """Pod monitors, dashboards and rules; the control store's backend."""
+    plain, full = objects({}), objects(VALUES["everything"])
+    more = {"PodMonitor chat-ray", "PodMonitor chat-api", "ConfigMap chat-dashboards", "ConfigMap chat-alert-rules"}
+    assert set(full) - set(plain) == more
+    assert full["ConfigMap chat-dashboards"]["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert full["ConfigMap chat-dashboards"]["data"] == {"cluster.json": "{}"}
+
+    def tolerance(found: dict[str, Any]) -> Any:
+        return found["RayService chat"]["spec"]["rayClusterConfig"].get("gcsFaultToleranceOptions")
+
+    assert tolerance(plain)["backend"] == "rocksdb"
+    assert tolerance(full)["redisAddress"] == "redis:6379"
+    assert tolerance(objects({"faultTolerance": {"enabled": False}})) is None
+
+
+@pytest.mark.parametrize("name", ["", "Chat", "1chat", "chat-", "c" * 48])
+def test_a_name_that_kuberay_refuses_is_refused_here(name: str) -> None:
+    """With what fits."""
+    with pytest.raises(SettingsError, match="at most 47"):
+        render(name, ClusterConfig(), DeploySettings())
+
+
+def test_the_operator_is_told_what_objects_cannot_say() -> None:
+    """That there is no key, and that a folder has to be in the pods."""
+    config = parse_config("models: [{source: /checkpoints/mine}]", "test")
+    said = notes(config, DeploySettings())
+    assert "asks for no key" in said[0] and any("/checkpoints/mine" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("worker: {gpu: 1}", "worker.gpu"),
+        ("worker: {memory: 16GiB}", "worker.memory"),
+        ("worker: {replicas: 4, maxReplicas: 2}", "maxReplicas"),
+        ("image: {tag: 0.1.0-cpu}", "worker.gpus"),
+        ("faultTolerance: {redisPasswordSecret: s}", "redisAddress"),
+        ("[1]", "should hold keys"),
+        ("a: [", "cannot read"),
+    ],
+)
+def test_bad_values_are_named(text: str, complaint: str, tmp_path: Path) -> None:
+    """And nothing is rendered."""
+    file = tmp_path / "values.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=complaint):
+        load_settings(file)
+
+
+def test_the_command_prints_or_writes_the_objects(tmp_path: Path) -> None:
+    """To standard output as one stream, or a file for each; a bad configuration ends with status 1 and its line."""
+    config, values = tmp_path / "cluster.yaml", tmp_path / "values.yaml"
+    config.write_text(MODELS)
+    values.write_text("podMonitor: true\ncluster: {left: alone}\n")
+    code, _ = ellm(
+        "deploy", "render", str(config), "--name", "chat", "--values", str(values), "--out", str(tmp_path / "o")
+    )
+    assert code == 0
+    files = sorted(path.name for path in (tmp_path / "o").iterdir())
+    assert files == [
+        "networkpolicy-chat.yaml",
+        "poddisruptionbudget-chat-worker.yaml",
+        "podmonitor-chat-api.yaml",
+        "podmonitor-chat-ray.yaml",
+        "rayservice-chat.yaml",
+    ]
+    assert yaml.safe_load((tmp_path / "o/rayservice-chat.yaml").read_text()) == objects({})["RayService chat"]
+    config.write_text("modles: []")
+    code, said = ellm("deploy", "render", str(config))
+    assert code == 1 and "did you mean 'models'" in said
+
+
+def test_exported_dashboards_and_rules_are_installed(tmp_path: Path) -> None:
+    """By their file names, beside those of the values; too many of them, or none, is an error."""
+    (tmp_path / "alerts").mkdir()
+    (tmp_path / "cluster.json").write_text('{"title": "Cluster"}')
+    (tmp_path / "alerts/slo.yml").write_text("groups: []")
+    found = with_exported(settings({"dashboards": {"own.json": "{}"}}), tmp_path)
+    assert found.dashboards == {"own.json": "{}", "cluster.json": '{"title": "Cluster"}'}
+    assert found.alert_rules == {"slo.yml": "groups: []"}
+    for manifest in render("chat", ClusterConfig(), found)[1:]:
+        check_object(manifest)
+    with pytest.raises(ConfigError, match="neither dashboards"):
+        with_exported(found, tmp_path / "nowhere")
+    with pytest.raises(SettingsError, match="1 MiB"):
+        render("chat", ClusterConfig(), settings({"dashboards": {"a.json": "x" * (1 << 20) + "x"}}))
+
+
+def test_the_ray_of_the_pods_is_the_one_that_is_tested() -> None:
+    """KubeRay is told what the image has."""
+    assert DeploySettings().ray_version == importlib.metadata.version("ray")
+
+
+def test_the_charts_schema_is_that_of_the_values() -> None:
+    """`python -m cluster.deploy.settings` prints it."""
+    assert (CHART / "values.schema.json").read_text() == values_schema()
+    jsonschema.Draft202012Validator.check_schema(json.loads(values_schema()))

@@ -1,0 +1,96 @@
+"""Letting a node go: it waits for what is there, no longer than it may, and asks Ray in words that Ray understands."""
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from ray.scripts.scripts import drain_node
+from ray.util.state.exception import ServerUnavailable
+
+import cluster.deploy.drain
+from cluster.deploy.drain import drain, engines_on, mark_node, requests_at
+from tests.unit.cluster.test_cli import answering
+
+
+@pytest.fixture(autouse=True)
+def no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.deploy.drain, "_POLL_S", 0.0)
+
+
+def test_it_waits_until_nothing_is_left() -> None:
+    """The node is marked first."""
+    seen: list[str] = []
+    left = iter(["2 requests", "1 requests", ""])
+    assert drain(lambda: seen.append("mark"), lambda: seen.append("look") or next(left), 10.0, lambda: 0.0) == ""
+    assert seen == ["mark", "look", "look", "look"]
+
+
+def test_it_gives_up_when_its_time_is_over() -> None:
+    """And says what is left."""
+    clock = itertools.count()
+    assert drain(lambda: None, lambda: "1 requests", 5.0, lambda: float(next(clock))) == "1 requests"
+    assert next(clock) == 6
+
+
+def test_ray_knows_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option and the reason are ones that this Ray's drain-node has."""
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        asked.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(cluster.deploy.drain.subprocess, "run", run)
+    mark_node("ab" * 28, 60)
+    (command,) = asked
+    given = command[command.index("drain-node") + 1 :]
+    assert drain_node.make_context("drain-node", given).params["deadline_remaining_seconds"] == 60
+    assert CliRunner().invoke(drain_node, [*given[:-1], "soon"]).exit_code == 2
+
+
+def test_engines_of_this_node_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And neither the API's processes nor other actors."""
+    names = [
+        "ServeReplica:ellm-model:a:engine",
+        "ServeReplica:ellm:api",
+        "MemoryAgent",
+        "ServeReplica:ellm-model:b:engine",
+    ]
+    asked: list[Any] = []
+
+    def list_actors(filters: Any, limit: int) -> list[Any]:
+        asked.extend(filters)
+        return [SimpleNamespace(class_name=name) for name in names]
+
+    monkeypatch.setattr("ray.util.state.list_actors", list_actors)
+    assert engines_on("n1") == "2 engine replicas"
+    assert ("node_id", "=", "n1") in asked and ("state", "=", "ALIVE") in asked
+    names.clear()
+    assert engines_on("n1") == ""
+
+
+def test_a_head_that_does_not_tell_ends_no_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be being replaced, with the engines of this node at work."""
+
+    def list_actors(filters: Any, limit: int) -> list[Any]:
+        raise ServerUnavailable("gone")
+
+    monkeypatch.setattr("ray.util.state.list_actors", list_actors)
+    assert engines_on("n1")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "left"),
+    [(200, '{"server_load": 3}', "3 requests"), (200, '{"server_load": 0}', ""), (404, "{}", ""), (200, "no", "")],
+)
+def test_requests_of_the_api_count(status: int, body: str, left: str) -> None:
+    """As vLLM's route tells them; a node without an API has none."""
+    with answering(status, body) as url:
+        assert requests_at(int(url.rpartition(":")[2])) == left
+
+
+def test_a_node_without_an_api_has_no_requests() -> None:
+    """Nothing listens there."""
+    assert requests_at(1) == ""
