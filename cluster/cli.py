@@ -113,6 +113,24 @@ def config_check(file: Annotated[Path, typer.Argument(help="YAML file.")]) -> No
     typer.echo(f"{file} fits: {models}, on {settings.http.host}:{settings.http.port}")
 
 
+@config_app.command("from-ray-llm")
+def config_from_ray_llm(
+    file: Annotated[Path, typer.Argument(help="YAML of an LLMConfig, of llm_configs, or of a Serve application.")],
+) -> None:
+    """Print the configuration that does what a file of ray.serve.llm says, and what changes."""
+    import yaml
+
+    from cluster.from_ray_llm import read_ray_llm
+
+    try:
+        found = read_ray_llm(file)
+    except ConfigError as error:
+        _fail(str(error))
+    sys.stdout.write(yaml.safe_dump(found.tree, sort_keys=False))
+    for line in found.changes or ["nothing changes"]:
+        typer.echo(f"note: {line}", err=True)
+
+
 @model_app.command("get")
 def model_get() -> None:
     """Download and convert the default model, where that has not been done, and print its folder."""
