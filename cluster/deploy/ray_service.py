@@ -12,6 +12,7 @@ import yaml
 
 from cluster.app import API_DEPLOYMENT, APP_NAME
 from cluster.config import ClusterConfig
+from cluster.config_file import validated
 from cluster.deploy.settings import DeploySettings
 from cluster.serve_app import IMPORT_PATH
 from cluster.sizing import MIB
@@ -23,6 +24,7 @@ DASHBOARD_PORT, METRICS_PORT, GCS_PORT = 8265, 8080, 6379
 USER_ID = 1000
 HOME, MODELS = "/home/ellm", "/models"
 _DRAIN_MARGIN_S = 30
+# Of the API, which listens when it has every model that serves; so it asks for no key, and needs no TLS.
 _READY = {"periodSeconds": 5, "timeoutSeconds": 3, "failureThreshold": 2}
 _ENVIRONMENT = {name: value for name, value in PROCESS_ENVIRONMENT.items() if name != "RAY_AUTH_MODE"} | {
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -59,10 +61,12 @@ def labels(name: str, component: str | None = None) -> dict[str, str]:
 
 
 def serve_args(config: ClusterConfig, workers: int) -> dict[str, Any]:
-    """The configuration with what a pod needs: the API listens on all addresses, and in every worker."""
+    """The configuration with what a pod needs: the API listens on all addresses, and in every worker. Raises
+    ConfigError where it does not fit that."""
     tree: dict[str, Any] = config.model_dump(exclude_unset=True)
     ingresses = max(config.http.ingress_replicas, workers)
     tree["http"] = {**tree.get("http", {}), "host": "0.0.0.0", "port": config.http.port, "ingress_replicas": ingresses}
+    validated(tree, "the configuration with an API that listens on all addresses")
     return tree
 
 
@@ -152,12 +156,12 @@ def _worker_pod(name: str, digest: str, config: ClusterConfig, settings: DeployS
         tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}, *tolerations]
     resources = {"requests": {"cpu": worker.cpu, "memory": worker.memory}, "limits": limits}
     container = _container("ray-worker", settings, {"metrics": METRICS_PORT, "serve": port}, resources)
-    container["volumeMounts"].append({"name": "models", "mountPath": MODELS})
+    container["volumeMounts"] += [{"name": "models", "mountPath": MODELS}, *worker.volume_mounts]
     if secret := settings.storage.token_secret:
         container["env"].append(
             {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": secret, "key": "HF_TOKEN"}}}
         )
-    container["readinessProbe"] = {"httpGet": {"path": "/version", "port": "serve"}, **_READY}
+    container["readinessProbe"] = {"tcpSocket": {"port": "serve"}, **_READY}
     within = worker.termination_grace_seconds - _DRAIN_MARGIN_S
     drain = ["python", "-m", "cluster.deploy.drain", "--within", str(within), "--port", str(port)]
     container["lifecycle"] = {"preStop": {"exec": {"command": drain}}}
@@ -165,7 +169,7 @@ def _worker_pod(name: str, digest: str, config: ClusterConfig, settings: DeployS
     pod = _pod(name, "worker", digest, settings, container, worker.node_selector, tolerations, shared)
     claim, size = settings.storage.claim_name, settings.storage.size
     source: Manifest = {"persistentVolumeClaim": {"claimName": claim}} if claim else {"emptyDir": {"sizeLimit": size}}
-    pod["spec"]["volumes"].append({"name": "models", **source})
+    pod["spec"]["volumes"] += [{"name": "models", **source}, *worker.volumes]
     pod["spec"]["terminationGracePeriodSeconds"] = worker.termination_grace_seconds
     pod["spec"]["automountServiceAccountToken"] = False  # the head's autoscaler alone talks to Kubernetes
     return pod

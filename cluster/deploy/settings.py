@@ -77,6 +77,10 @@ class WorkerValues(_Values):
     """Labels of its node."""
     tolerations: _Objects = Field(default_factory=list)
     """Of its node's taints; a GPU's own is always tolerated."""
+    volumes: _Objects = Field(default_factory=list)
+    """Further volumes, such as a Secret with files that the configuration names."""
+    volume_mounts: _Objects = Field(default_factory=list)
+    """Where they are."""
     termination_grace_seconds: int = Field(default=660, ge=60)
     """From the eviction of a pod to its end: for requests that it has to go on to theirs."""
 

@@ -35,6 +35,10 @@ VALUES: dict[str, dict[str, Any]] = {
     "everything": {
         "image": {"pullSecrets": ["registry"]},
         "head": {"tolerations": [{"key": "head", "operator": "Exists"}], "nodeSelector": {"pool": "head"}},
+        "worker": {
+            "volumes": [{"name": "keys", "secret": {"secretName": "api-keys"}}],
+            "volumeMounts": [{"name": "keys", "mountPath": "/etc/ellm", "readOnly": True}],
+        },
         "storage": {"claimName": "checkpoints", "tokenSecret": "hub"},
         "faultTolerance": {"redisAddress": "redis:6379", "redisPasswordSecret": "redis"},
         "networkPolicy": {"apiClients": [{"namespaceSelector": {"matchLabels": {"team": "chat"}}}]},
@@ -151,7 +155,7 @@ def test_every_worker_serves_the_api() -> None:
     assert application["args"]["http"]["ingress_replicas"] == 4
     assert application["deployments"][0]["max_replicas_per_node"] == 2
     (container,) = spec["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]["containers"]
-    assert container["readinessProbe"]["httpGet"] == {"path": "/version", "port": "serve"}
+    assert container["readinessProbe"]["tcpSocket"] == {"port": "serve"}
     assert {"name": "serve", "containerPort": 9000} in container["ports"]
 
 
@@ -209,6 +213,12 @@ def test_a_name_that_kuberay_refuses_is_refused_here(name: str) -> None:
     """With what fits."""
     with pytest.raises(SettingsError, match="at most 47"):
         render(name, ClusterConfig(), DeploySettings())
+
+
+def test_more_workers_than_the_api_can_run_in_are_refused() -> None:
+    """What the pods' configuration would not accept is said when it is rendered."""
+    with pytest.raises(ConfigError, match="ingress_replicas"):
+        objects({"worker": {"replicas": 65}})
 
 
 def test_the_operator_is_told_what_objects_cannot_say() -> None:

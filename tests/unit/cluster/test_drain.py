@@ -1,6 +1,7 @@
 """Letting a node go: it waits for what is there, no longer than it may, and asks Ray in words that Ray understands."""
 
 import itertools
+import socket
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,7 @@ from ray.scripts.scripts import drain_node
 from ray.util.state.exception import ServerUnavailable
 
 import cluster.deploy.drain
-from cluster.deploy.drain import drain, engines_on, mark_node, requests_at
-from tests.unit.cluster.test_cli import answering
+from cluster.deploy.drain import connections_at, drain, engines_on, mark_node
 
 
 @pytest.fixture(autouse=True)
@@ -81,16 +81,13 @@ def test_a_head_that_does_not_tell_ends_no_drain(monkeypatch: pytest.MonkeyPatch
     assert engines_on("n1")
 
 
-@pytest.mark.parametrize(
-    ("status", "body", "left"),
-    [(200, '{"server_load": 3}', "3 requests"), (200, '{"server_load": 0}', ""), (404, "{}", ""), (200, "no", "")],
-)
-def test_requests_of_the_api_count(status: int, body: str, left: str) -> None:
-    """As vLLM's route tells them; a node without an API has none."""
-    with answering(status, body) as url:
-        assert requests_at(int(url.rpartition(":")[2])) == left
-
-
-def test_a_node_without_an_api_has_no_requests() -> None:
-    """Nothing listens there."""
-    assert requests_at(1) == ""
+def test_connections_to_the_api_count() -> None:
+    """From the first to the last; who only listens is none, nor is a connection to somebody else."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as other:
+        port = server.getsockname()[1]
+        assert connections_at(port) == ""
+        with socket.create_connection(server.getsockname()), socket.create_connection(other.getsockname()):
+            accepted, _ = server.accept()
+            assert connections_at(port) == "1 connections"
+        accepted.close()
+        assert connections_at(port) == ""
