@@ -11,7 +11,7 @@ from ray.scripts.scripts import drain_node
 from ray.util.state.exception import ServerUnavailable
 
 import cluster.deploy.drain
-from cluster.deploy.drain import connections_at, drain, engines_on, mark_node
+from cluster.deploy.drain import NodeEngines, connections_at, drain, main, mark_node
 
 
 @pytest.fixture(autouse=True)
@@ -65,20 +65,44 @@ def test_engines_of_this_node_count(monkeypatch: pytest.MonkeyPatch) -> None:
         return [SimpleNamespace(class_name=name) for name in names]
 
     monkeypatch.setattr("ray.util.state.list_actors", list_actors)
-    assert engines_on("n1") == "2 engine replicas"
+    engines = NodeEngines("n1", lambda: 0.0)
+    assert engines.left() == "2 engine replicas"
     assert ("node_id", "=", "n1") in asked and ("state", "=", "ALIVE") in asked
     names.clear()
-    assert engines_on("n1") == ""
+    assert engines.left() == ""
 
 
-def test_a_head_that_does_not_tell_ends_no_drain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be being replaced, with the engines of this node at work."""
+def test_a_head_that_does_not_tell_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be being replaced, with the engines of this node at work; but not for ever: with the head gone for good
+    the pod would stay to its deadline. Each answer begins the wait anew."""
+    clock, tells = [0.0], [False]
 
     def list_actors(filters: Any, limit: int) -> list[Any]:
-        raise ServerUnavailable("gone")
+        if not tells[0]:
+            raise ServerUnavailable("gone")
+        return [SimpleNamespace(class_name="ServeReplica:ellm-model:a:engine")]
 
     monkeypatch.setattr("ray.util.state.list_actors", list_actors)
-    assert engines_on("n1")
+    patience_s = cluster.deploy.drain._HEAD_PATIENCE_S
+    engines = NodeEngines("n1", lambda: clock[0])
+    seen = []
+    for clock[0], tells[0] in ((patience_s - 1, False), (patience_s - 1, True), (patience_s + 1, False), (1e4, False)):
+        seen.append(engines.left())
+    assert seen == ["engine replicas, maybe", "1 engine replicas", "engine replicas, maybe", ""]
+
+
+def test_without_ray_the_requests_of_the_api_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is asked of Ray."""
+
+    def init(**options: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr(cluster.deploy.drain.subprocess, "run", None)
+    left = iter(["1 connections", ""])
+    monkeypatch.setattr(cluster.deploy.drain, "connections_at", lambda port: next(left))
+    assert main(["--within", "60", "--port", "8000"]) == 0
+    assert next(left, "none") == "none"
 
 
 def test_connections_to_the_api_count() -> None:
