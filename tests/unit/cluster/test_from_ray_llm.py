@@ -9,7 +9,8 @@ from ray.serve.llm import LLMConfig
 
 from cluster.config import ClusterConfig
 from cluster.config_file import ConfigError, parse_config, validated
-from cluster.from_ray_llm import Conversion, check_llm_config, read_ray_llm
+from cluster.from_ray_llm import Conversion, read_ray_llm
+from cluster.ray_llm_file import check_llm_config
 from tests.unit.cluster.test_cli import ellm
 
 ONE = """
@@ -46,7 +47,7 @@ ALL_KEYS: dict[str, Any] = {
     "runtime_env": {"env_vars": {"A": "b"}},
     "model_loading_config": {"model_id": "a"},
     "llm_engine": "vLLM",
-    "engine_kwargs": {"block_size": 32},
+    "engine_kwargs": {"max_model_len": 4096, "max_num_seqs": 32},
     "accelerator_type": "L4",
     "accelerator_config": {"kind": "gpu"},
     "placement_group_config": {"bundles": [{"GPU": 1}]},
@@ -80,6 +81,7 @@ def test_an_llm_config(tmp_path: Path) -> None:
     places = [line.partition(":")[0] for line in found.changes]
     assert sorted(places) == [
         "accelerator_type",
+        "deployment_config.autoscaling_config.downscale_delay_s",
         "deployment_config.autoscaling_config.target_ongoing_requests",
         "engine_kwargs.gpu_memory_utilization",
         "runtime_env.env_vars (HF_TOKEN)",
@@ -110,7 +112,8 @@ def test_every_key_of_an_llm_config_is_kept_named_or_refused(tmp_path: Path) -> 
     """Those of the Ray that is installed: a new release's new key has to be looked at."""
     assert set(ALL_KEYS) == set(LLMConfig.model_fields)
     for key, value in ALL_KEYS.items():
-        text = yaml.safe_dump({"model_loading_config": {"model_id": "a"}, key: value})
+        kept = {one: ALL_KEYS[one] for one in ("model_loading_config", "engine_kwargs")}
+        text = yaml.safe_dump(kept | {key: value})
         try:
             _, found = convert(tmp_path, text, checked=False)
             said = "\n".join(found.changes)
@@ -129,12 +132,17 @@ def test_every_key_of_an_llm_config_is_kept_named_or_refused(tmp_path: Path) -> 
         ("accelerator_type: X9000", "ray.serve.llm refuses.*X9000"),
         ("deployment_config: {num_replicas: many}", "ray.serve.llm refuses"),
         ("engine_kwarg: {}", "ray.serve.llm refuses.*engine_kwarg"),
+        ("engine_kwargs: {max_model_length: 5}", "ray.serve.llm refuses.*max_model_length"),
+        ("engine_kwargs: {api_key: [secret]}", "api_key: the API asks for no key"),
+        ("accelerator_type: TPU-V6E", "accelerator_type: TPUs are not supported"),
+        ("placement_group_config: {bundles: [{TPU: 4}]}", "placement_group_config: TPUs are not supported"),
+        ("model_loading_config: {model_id: a, model_source: 'gs://bucket/m'}", "download gs://bucket/m to a folder"),
     ],
 )
 def test_what_cannot_be_taken_over_is_refused(tmp_path: Path, change: str, complaint: str) -> None:
     """With ray.serve.llm's reason where it would refuse it itself."""
     with pytest.raises(ConfigError, match=f"(?s){complaint}"):
-        convert(tmp_path, f"model_loading_config: {{model_id: a}}\n{change}")
+        convert(tmp_path, yaml.safe_dump({"model_loading_config": {"model_id": "a"}} | yaml.safe_load(change)))
 
 
 def test_all_reasons_are_named_at_once(tmp_path: Path) -> None:
@@ -161,6 +169,94 @@ def test_replicas(tmp_path: Path, deployment: dict[str, Any], least: int, start:
     text = yaml.safe_dump({"model_loading_config": {"model_id": "a"}, "deployment_config": deployment})
     (model,) = convert(tmp_path, text)[0].models
     assert (model.least_replicas, model.replicas, model.most_replicas) == (least, start, most)
+
+
+def test_arguments_of_the_server_are_named(tmp_path: Path) -> None:
+    """ray.serve.llm takes them among the engine's, where vLLM's engine knows none of them; null is as if unsaid."""
+    kwargs = {"chat_template": "t.jinja", "response_role": "bot", "dtype": None, "max_num_seqs": None, "seed": 3}
+    config, found = convert(
+        tmp_path, yaml.safe_dump({"model_loading_config": {"model_id": "a"}, "engine_kwargs": kwargs})
+    )
+    assert config.models[0].engine_args == {"seed": 3} and config.models[0].max_num_seqs == 64
+    said = "\n".join(found.changes)
+    assert "engine_kwargs.chat_template: left out; the checkpoint's own" in said
+    assert "engine_kwargs.response_role: left out" in said
+
+
+def test_defaults_that_differ_are_named(tmp_path: Path) -> None:
+    """Where nothing is said of them, and only there."""
+    scaling = "{min_replicas: 0, initial_replicas: 0, max_replicas: 2}"
+    text = f"model_loading_config: {{model_id: a}}\ndeployment_config: {{autoscaling_config: {scaling}}}"
+    changes = convert(tmp_path, text)[1].changes
+    assert any("initial_replicas: 1; a model starts with one" in line for line in changes)
+    said = [line.partition(": not set")[0] for line in changes if ": not set" in line]
+    assert [place.rpartition(".")[2] for place in said] == ["max_model_len", "max_num_seqs", "downscale_delay_s"]
+    text = SERVE.replace("http_options: {host: 0.0.0.0, port: 9000}", "")
+    assert any(line.startswith("http_options.host: not set; 127.0.0.1") for line in convert(tmp_path, text)[1].changes)
+    assert not any("http_options.host" in line for line in convert(tmp_path, SERVE)[1].changes)
+
+
+def test_what_a_serve_configuration_says_around_it(tmp_path: Path) -> None:
+    """Every key of the file, of its application and of LLMServingArgs is kept or named; no secret is shown."""
+    tree = yaml.safe_load(SERVE)
+    tree |= {"proxy_location": "EveryNode", "grpc_options": {"port": 1}}
+    tree["http_options"]["keep_alive_timeout_s"] = 5
+    application = tree["applications"][0]
+    application |= {
+        "import_path": "ray.serve.llm.build_openai_app",
+        "route_prefix": "/chat",
+        "runtime_env": {"env_vars": {"HF_TOKEN": "secret"}, "pip": ["x"]},
+        "deployments": [{"name": "a"}],
+    }
+    application["args"]["ingress_cls_config"] = {"ingress_extra_kwargs": {"a": 1}}
+    tree["applications"].append({"name": "other", "import_path": "a:b"})
+    said = "\n".join(convert(tmp_path, yaml.safe_dump(tree))[1].changes)
+    for place in (
+        "proxy_location: left out",
+        "grpc_options: left out",
+        "http_options.keep_alive_timeout_s: left out",
+        "name: left out",
+        "route_prefix: left out; the paths of the API begin with /v1, not with /chat",
+        "runtime_env.env_vars (HF_TOKEN): left out",
+        "runtime_env.pip: left out",
+        "deployments: left out",
+        "ingress_cls_config: left out",
+        "'other' is left out",
+    ):
+        assert place in said
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize(
+    ("tree", "complaint"),
+    [
+        ({"prefill_config": {}, "decode_config": {}}, "Convert the LLMConfig under decode_config"),
+        ({"llm_config": {}}, "Convert the LLMConfig under llm_config"),
+        ({"applications": [{"import_path": "ray.serve.llm:build_pd_openai_app", "args": {}}]}, "under decode_config"),
+        ({"applications": [{"import_path": "ray.serve.llm:build_dp_openai_app"}]}, "without data_parallel_size"),
+        (
+            {"applications": [{"import_path": "mine:app"}]},
+            "one application with import_path.*found 0.*LLMConfig.model_dump",
+        ),
+        (
+            {"applications": [{"import_path": "ray.serve.llm:build_openai_app"}] * 2},
+            "found 2.*all llm_configs into one",
+        ),
+        ({"llm_configs": [{}], "ingress_config": {}}, "no ingress_config beside llm_configs"),
+    ],
+)
+def test_other_applications_are_refused_with_what_works(tmp_path: Path, tree: dict[str, Any], complaint: str) -> None:
+    """Each builder of ray.serve.llm, and one's own."""
+    with pytest.raises(ConfigError, match=complaint):
+        convert(tmp_path, yaml.safe_dump(tree))
+
+
+def test_every_builder_is_known() -> None:
+    """Those of the Ray that is installed: a new release's new one has to be looked at."""
+    import ray.serve.llm
+
+    builders = {name for name in ray.serve.llm.__all__ if name.startswith("build_") and name.endswith("_app")}
+    assert builders == {"build_openai_app", "build_pd_openai_app", "build_dp_openai_app"}
 
 
 @pytest.mark.parametrize("text", ["", "3", "applications: []", "llm_configs: []", "llm_configs: [3]", "a: ["])
