@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from cluster.default_model import DEFAULT_MODEL_NAME
 
@@ -69,8 +69,16 @@ def _auto(value: object) -> object:
 
 
 _Positive = Annotated[int, Field(ge=1)]
-Size = Annotated[_Positive | None, BeforeValidator(parse_size)]
-Count = Annotated[_Positive | None, BeforeValidator(_auto)]
+Size = Annotated[
+    _Positive | None,
+    BeforeValidator(parse_size),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}, {"type": "null"}]}),
+]
+Count = Annotated[
+    _Positive | None,
+    BeforeValidator(_auto),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}, {"type": "null"}]}),
+]
 
 
 class _Section(BaseModel):

@@ -19,7 +19,7 @@ def render(name: str, config: ClusterConfig, settings: DeploySettings) -> list[M
         raise SettingsError(
             f"{name!r} is no name for a RayService: at most {_MAX_NAME} of a-z, 0-9 and -, beginning with a letter"
         )
-    found = [ray_service(name, config, settings), _disruption_budget(name, settings)]
+    found = [ray_service(name, config, settings), _disruption_budget(name)]
     if settings.network_policy.enabled:
         found.append(_network_policy(name, config, settings))
     if settings.pod_monitor:
@@ -39,19 +39,17 @@ def notes(config: ClusterConfig, settings: DeploySettings) -> list[str]:
     for model in config.models:
         if looks_like_path(model.source):
             lines.append(f"{model.name}: the folder {model.source} has to be in every worker's pod (storage.claimName)")
-    if settings.worker.replicas > 1:
-        lines.append("memory is planned for the node of the control actors: all workers have to be alike")
     return lines
 
 
-def _disruption_budget(name: str, settings: DeploySettings) -> Manifest:
+def _disruption_budget(name: str) -> Manifest:
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
         "metadata": {"name": f"{name}-worker", "labels": labels(name)},
         # A number: Kubernetes accepts nothing else for pods whose owner cannot be scaled.
         "spec": {
-            "minAvailable": max(1, settings.worker.replicas - 1),
+            "minAvailable": 1,
             "selector": {"matchLabels": labels(name, "worker")},
         },
     }
@@ -59,6 +57,7 @@ def _disruption_budget(name: str, settings: DeploySettings) -> Manifest:
 
 def _network_policy(name: str, config: ClusterConfig, settings: DeploySettings) -> Manifest:
     values, api = settings.network_policy, config.http.port
+    clients = [{"from": values.api_clients, "ports": _tcp(api)}] if values.api_clients else []  # none would be all
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -68,7 +67,7 @@ def _network_policy(name: str, config: ClusterConfig, settings: DeploySettings) 
             "policyTypes": ["Ingress"],
             "ingress": [
                 {"from": [{"podSelector": {"matchLabels": labels(name)}}]},
-                {"from": values.api_clients, "ports": _tcp(api)},
+                *clients,
                 {"from": [_namespace(values.operator_namespace)], "ports": _tcp(DASHBOARD_PORT)},
                 {"from": [_namespace(values.monitoring_namespace)], "ports": _tcp(METRICS_PORT, api)},
             ],

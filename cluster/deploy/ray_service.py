@@ -10,13 +10,14 @@ from typing import Any
 
 import yaml
 
-from cluster.app import API_DEPLOYMENT, APP_NAME
+from cluster.app import APP_NAME
 from cluster.config import ClusterConfig
 from cluster.config_file import validated
-from cluster.deploy.settings import DeploySettings
+from cluster.deploy.settings import DeploySettings, quantity
 from cluster.serve_app import IMPORT_PATH
 from cluster.sizing import MIB
 from cluster.start_stages import OBJECT_STORE_BYTES, PROCESS_ENVIRONMENT, RAY_CPUS
+from memory_agent.errors import SettingsError
 
 SHARED_MEMORY_MIB = OBJECT_STORE_BYTES // MIB + 384
 """Of a worker without host buffers: the object store, lease boards, the models' file, vLLM's own queues."""
@@ -60,28 +61,13 @@ def labels(name: str, component: str | None = None) -> dict[str, str]:
     return found | ({"app.kubernetes.io/component": component} if component else {})
 
 
-def serve_args(config: ClusterConfig, workers: int) -> dict[str, Any]:
-    """The configuration with what a pod needs: the API listens on all addresses, and in every worker. Raises
-    ConfigError where it does not fit that."""
-    tree: dict[str, Any] = config.model_dump(exclude_unset=True)
-    ingresses = max(config.http.ingress_replicas, workers)
-    tree["http"] = {**tree.get("http", {}), "host": "0.0.0.0", "port": config.http.port, "ingress_replicas": ingresses}
-    validated(tree, "the configuration with an API that listens on all addresses")
-    return tree
-
-
-def serve_config(config: ClusterConfig, workers: int) -> dict[str, Any]:
-    """What Ray Serve is told: a ServeDeploySchema."""
-    args = serve_args(config, workers)
-    application = {
-        "name": APP_NAME,
-        "route_prefix": None,
-        "import_path": IMPORT_PATH,
-        "args": args,
-        "deployments": [
-            {"name": API_DEPLOYMENT, "max_replicas_per_node": -(-args["http"]["ingress_replicas"] // workers)}
-        ],
-    }
+def serve_config(config: ClusterConfig) -> dict[str, Any]:
+    """What Ray Serve is told, a ServeDeploySchema: the configuration, but that the API listens on all addresses of its
+    pod. Raises ConfigError where it does not fit that."""
+    args: dict[str, Any] = config.model_dump(exclude_unset=True)
+    args["http"] = {**args.get("http", {}), "host": "0.0.0.0", "port": config.http.port}
+    validated(args, "the configuration with an API that listens on all addresses")
+    application = {"name": APP_NAME, "route_prefix": None, "import_path": IMPORT_PATH, "args": args}
     return {"proxy_location": "Disabled", "applications": [application]}
 
 
@@ -92,10 +78,15 @@ def shared_memory_mib(config: ClusterConfig) -> int:
 
 
 def ray_service(name: str, config: ClusterConfig, settings: DeploySettings) -> Manifest:
-    """The object."""
-    serve = serve_config(config, settings.worker.replicas)
+    """The object. Raises SettingsError where the worker's memory does not hold what is in its shared memory."""
+    serve = serve_config(config)
     digest = hashlib.sha256(json.dumps(serve, sort_keys=True).encode()).hexdigest()
     worker = settings.worker
+    if quantity(worker.memory) <= (shared := shared_memory_mib(config)) * MIB:
+        raise SettingsError(
+            f"worker.memory is {worker.memory}, and the shared memory of its pod, which counts against it, {shared}Mi: "
+            "give it more, or less to memory.host_buffer"
+        )
     cluster: Manifest = {
         "rayVersion": settings.ray_version,
         "authOptions": {"mode": "token"},
@@ -103,6 +94,7 @@ def ray_service(name: str, config: ClusterConfig, settings: DeploySettings) -> M
         "autoscalerOptions": {
             "version": "v2",
             "securityContext": _container_security(),
+            "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}, {"name": "home", "mountPath": HOME}],
             "resources": {"requests": {"cpu": "200m", "memory": "512Mi"}, "limits": {"memory": "1Gi"}},
         },
         "headGroupSpec": {
@@ -119,7 +111,7 @@ def ray_service(name: str, config: ClusterConfig, settings: DeploySettings) -> M
                 "groupName": "worker",
                 "replicas": worker.replicas,
                 "minReplicas": worker.replicas,
-                "maxReplicas": worker.max_replicas or worker.replicas,
+                "maxReplicas": worker.replicas,
                 "rayStartParams": {"num-cpus": str(RAY_CPUS), "object-store-memory": str(OBJECT_STORE_BYTES)},
                 "template": _worker_pod(name, digest, config, settings),
             }

@@ -15,12 +15,24 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
+from cluster.config import ClusterConfig
 from cluster.config_file import ConfigError
 
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGTP]|[KMGTP]i)?$")]
 """Kubernetes' notation: "500m", "16Gi"."""
+_QUANTITY_UNITS = {"": 1.0, "m": 1e-3, "k": 1e3, "K": 1e3} | {
+    f"{prefix}{suffix}": float(base**power)
+    for power, prefix in enumerate("KMGTP", start=1)
+    for suffix, base in (("", 1000), ("i", 1024))
+}
 _Labels = dict[str, str]
 _Objects = list[dict[str, Any]]
+
+
+def quantity(text: str) -> float:
+    """The number that a ``Quantity`` stands for: CPUs, or bytes."""
+    number = text.rstrip("mkKMGTPi")
+    return float(number) * _QUANTITY_UNITS[text.removeprefix(number)]
 
 
 class _Values(BaseModel):
@@ -64,9 +76,7 @@ class WorkerValues(_Values):
     """The pods with the API, the control actors and the engines."""
 
     replicas: int = Field(default=1, ge=1)
-    """Pods."""
-    max_replicas: int | None = Field(default=None, ge=1)
-    """Most pods that Ray's autoscaler starts. null: as many as replicas."""
+    """Pods. Only 1 works yet: a cluster has one device."""
     gpus: Literal[0, 1] = 1
     """GPUs of a pod: nvidia.com/gpu. 0 with the CPU image."""
     cpu: Quantity = "8"
@@ -85,9 +95,12 @@ class WorkerValues(_Values):
     """From the eviction of a pod to its end: for requests that it has to go on to theirs."""
 
     @model_validator(mode="after")
-    def _in_order(self) -> Self:
-        if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise ValueError(f"maxReplicas ({self.max_replicas}) should be at least replicas ({self.replicas})")
+    def _one_node(self) -> Self:
+        if self.replicas > 1:
+            raise ValueError(
+                f"replicas: {self.replicas}; several nodes are not supported yet, only 1 works: all replicas of all "
+                "models share its device. For more devices install a cluster for each, behind a gateway"
+            )
         return self
 
 
@@ -95,7 +108,7 @@ class StorageValues(_Values):
     """Where checkpoints are kept. Without a claim each pod downloads its own."""
 
     claim_name: str | None = None
-    """A PersistentVolumeClaim; several pods need one that several nodes can mount."""
+    """A PersistentVolumeClaim; while KubeRay replaces a Ray cluster two pods mount it."""
     size: Quantity = "100Gi"
     """Most that a pod downloads where there is no claim."""
     token_secret: str | None = None
@@ -129,7 +142,7 @@ class NetworkPolicyValues(_Values):
     enabled: bool = True
     """false: everybody."""
     api_clients: _Objects = Field(default_factory=lambda: [{"podSelector": {}}])
-    """NetworkPolicyPeers that reach the API. Left out: the pods of the namespace."""
+    """NetworkPolicyPeers that reach the API. Left out: the pods of the namespace. Empty: nobody."""
     operator_namespace: str = "kuberay-system"
     """Where KubeRay runs, which reaches the dashboard's port."""
     monitoring_namespace: str = "monitoring"
@@ -204,12 +217,18 @@ def with_exported(settings: DeploySettings, folder: Path) -> DeploySettings:
     return settings.model_copy(update={key: {**getattr(settings, key), **files} for key, files in found.items()})
 
 
+class _ChartValues(DeploySettings):
+    """Values of the Helm chart."""
+
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    """The content of a cluster.yaml."""
+
+
 def values_schema() -> str:
-    """JSON Schema of the chart's values. The cluster's configuration is checked by the cluster itself, and by `ellm
-    config check`."""
-    schema = DeploySettings.model_json_schema(by_alias=True)
+    """JSON Schema of the chart's values. What it cannot say of them (``worker.replicas``, bounds against each other)
+    the chart and the cluster themselves check."""
+    schema = _ChartValues.model_json_schema(by_alias=True)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["properties"]["cluster"] = {"type": "object", "description": "The content of a cluster.yaml."}
     schema["properties"]["global"] = {"type": "object", "description": "Helm's own."}
     return json.dumps(schema, indent=2, sort_keys=True) + "\n"
 

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from cluster.config import ClusterConfig
-from cluster.config_file import ConfigError, parse_config
+from cluster.config_file import ConfigError, example_config, parse_config
 from cluster.deploy.manifests import notes, render
 from cluster.deploy.ray_service import SHARED_MEMORY_MIB, labels, shared_memory_mib
-from cluster.deploy.settings import DeploySettings, load_settings, values_schema, with_exported
+from cluster.deploy.settings import DeploySettings, load_settings, quantity, values_schema, with_exported
 from memory_agent.errors import SettingsError
 from tests.unit.cluster.kube_schema import check_object, check_ray_service, check_serve_config
 from tests.unit.cluster.test_cli import ellm
@@ -31,7 +31,10 @@ http: {port: 9000}
 VALUES: dict[str, dict[str, Any]] = {
     "one GPU": {},
     "one CPU": {"image": {"tag": "0.1.0-cpu"}, "worker": {"gpus": 0, "memory": "16Gi"}},
-    "several nodes": {"worker": {"replicas": 3, "maxReplicas": 5, "nodeSelector": {"gpu": "h100"}}},
+    "chosen nodes": {
+        "worker": {"nodeSelector": {"gpu": "h100"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]}
+    },
+    "nobody": {"networkPolicy": {"apiClients": []}},
     "everything": {
         "image": {"pullSecrets": ["registry"]},
         "head": {"tolerations": [{"key": "head", "operator": "Exists"}], "nodeSelector": {"pool": "head"}},
@@ -100,6 +103,7 @@ def test_the_check_finds_a_key_that_serve_ignores(key: str) -> None:
     tree = yaml.safe_load(objects({})["RayService chat"]["spec"]["serveConfigV2"])
     place = tree if key == "proxy_locatio" else tree["applications"][0]
     if key.startswith("deployments"):
+        place["deployments"] = [{"name": "api"}]
         place = place["deployments"][0]
     place[key.rpartition(".")[2]] = 1
     with pytest.raises(AssertionError, match=key.rpartition(".")[2]):
@@ -144,19 +148,28 @@ def test_shared_memory_holds_every_host_buffer() -> None:
     assert shared == {"medium": "Memory", "sizeLimit": f"{SHARED_MEMORY_MIB + 5 * 512}Mi"}
 
 
-def test_every_worker_serves_the_api() -> None:
-    """As many ingress processes as workers, at most so many on one, and a worker is ready when its own answers."""
-    spec = objects({"worker": {"replicas": 3}}, MODELS + "\n")["RayService chat"]["spec"]
-    (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
-    assert application["args"]["http"]["ingress_replicas"] == 3
-    assert application["deployments"] == [{"name": "api", "max_replicas_per_node": 1}]
-    more = objects({"worker": {"replicas": 3}}, MODELS.replace("port: 9000", "port: 9000, ingress_replicas: 4"))
-    (application,) = yaml.safe_load(more["RayService chat"]["spec"]["serveConfigV2"])["applications"]
-    assert application["args"]["http"]["ingress_replicas"] == 4
-    assert application["deployments"][0]["max_replicas_per_node"] == 2
-    (container,) = spec["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]["containers"]
+def test_shared_memory_has_to_fit_into_the_pod() -> None:
+    """It counts against the pod's memory; more of it would end the pod when it fills."""
+    with pytest.raises(SettingsError, match=r"worker\.memory is 3Gi, .* 3072Mi: give it more, or less to memory\.host"):
+        objects({"worker": {"memory": "3Gi"}})
+    assert objects({"worker": {"memory": "4Gi"}})
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("2", 2), ("500m", 0.5), ("1.5G", 1.5e9), ("16Gi", 16 << 30), ("3k", 3e3), ("1P", 1e15)]
+)
+def test_quantities(text: str, number: float) -> None:
+    """As Kubernetes reads them."""
+    assert quantity(text) == number
+
+
+def test_a_worker_is_ready_when_its_api_listens() -> None:
+    """By the port that the Service leads to."""
+    worker = objects({})["RayService chat"]["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    (container,) = worker["template"]["spec"]["containers"]
     assert container["readinessProbe"]["tcpSocket"] == {"port": "serve"}
     assert {"name": "serve", "containerPort": 9000} in container["ports"]
+    assert worker["replicas"] == worker["minReplicas"] == worker["maxReplicas"] == 1
 
 
 def test_a_worker_is_drained_before_it_is_stopped() -> None:
@@ -192,6 +205,15 @@ def test_who_reaches_the_pods() -> None:
     assert "NetworkPolicy chat" not in objects({"networkPolicy": {"enabled": False}})
 
 
+def test_no_clients_are_nobody() -> None:
+    """Where Kubernetes takes a rule with an empty list of peers for everybody."""
+    rules = objects(VALUES["nobody"])["NetworkPolicy chat"]["spec"]["ingress"]
+    assert all(rule["from"] for rule in rules)
+    assert [port for rule in rules[1:] for port in rule["ports"] if port["port"] == 9000] == [
+        {"protocol": "TCP", "port": 9000}  # Prometheus
+    ]
+
+
 def test_what_is_optional_is_there_when_it_is_asked_for() -> None:
     """Pod monitors, dashboards and rules; the control store's backend."""
     plain, full = objects({}), objects(VALUES["everything"])
@@ -215,12 +237,6 @@ def test_a_name_that_kuberay_refuses_is_refused_here(name: str) -> None:
         render(name, ClusterConfig(), DeploySettings())
 
 
-def test_more_workers_than_the_api_can_run_in_are_refused() -> None:
-    """What the pods' configuration would not accept is said when it is rendered."""
-    with pytest.raises(ConfigError, match="ingress_replicas"):
-        objects({"worker": {"replicas": 65}})
-
-
 def test_the_operator_is_told_what_objects_cannot_say() -> None:
     """That there is no key, and that a folder has to be in the pods."""
     config = parse_config("models: [{source: /checkpoints/mine}]", "test")
@@ -233,7 +249,7 @@ def test_the_operator_is_told_what_objects_cannot_say() -> None:
     [
         ("worker: {gpu: 1}", "worker.gpu"),
         ("worker: {memory: 16GiB}", "worker.memory"),
-        ("worker: {replicas: 4, maxReplicas: 2}", "maxReplicas"),
+        ("worker: {replicas: 4}", "several nodes are not supported yet, only 1 works"),
         ("image: {tag: 0.1.0-cpu}", "worker.gpus"),
         ("faultTolerance: {redisPasswordSecret: s}", "redisAddress"),
         ("[1]", "should hold keys"),
@@ -296,3 +312,13 @@ def test_the_charts_schema_is_that_of_the_values() -> None:
     """`python -m cluster.deploy.settings` prints it."""
     assert (CHART / "values.schema.json").read_text() == values_schema()
     jsonschema.Draft202012Validator.check_schema(json.loads(values_schema()))
+
+
+def test_the_charts_schema_knows_a_cluster_yaml() -> None:
+    """The example with every key, sizes as text or number; and neither a wrong key nor a wrong type in it."""
+    schema = jsonschema.Draft202012Validator(json.loads(values_schema()))
+    for text in (example_config(), MODELS, "models: [{max_model_len: auto, kv_ceiling: 1048576}]"):
+        schema.validate({"cluster": yaml.safe_load(text)})
+    for wrong in ("modles: []", "models: [{replica: 1}]", "memory: {budget: 1.5}", "http: {port: eighty}"):
+        with pytest.raises(jsonschema.ValidationError):
+            schema.validate({"cluster": yaml.safe_load(wrong)})

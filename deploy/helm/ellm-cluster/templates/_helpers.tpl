@@ -27,6 +27,13 @@ app.kubernetes.io/component: {{ . }}
 {{- end -}}
 {{- end }}
 
+{{/* Bytes of Kubernetes' notation: "16Gi", "1.5G". */}}
+{{- define "ellm.quantity" -}}
+{{- $units := dict "" 1 "m" 0.001 "k" 1e3 "K" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "Pi" 1125899906842624 -}}
+{{- $number := regexFind "^[0-9]+([.][0-9]+)?" . -}}
+{{- mulf $number (get $units (trimPrefix $number .)) | int64 -}}
+{{- end }}
+
 {{/* MiB of a worker's shared memory: 512 for Ray and the lease boards, and the host buffers of all replicas. */}}
 {{- define "ellm.sharedMemoryMib" -}}
 {{- $buffer := include "ellm.bytes" (get (.Values.cluster.memory | default dict) "host_buffer") | int64 -}}
@@ -53,10 +60,7 @@ app.kubernetes.io/component: {{ . }}
 
 {{/* What Ray Serve is told. */}}
 {{- define "ellm.serveConfig" -}}
-{{- $workers := int .Values.worker.replicas -}}
-{{- $http := .Values.cluster.http | default dict -}}
-{{- $ingresses := max (int ($http.ingress_replicas | default 1)) $workers -}}
-{{- $listen := dict "host" "0.0.0.0" "port" (include "ellm.port" . | int) "ingress_replicas" $ingresses -}}
+{{- $listen := dict "host" "0.0.0.0" "port" (include "ellm.port" . | int) -}}
 {{- $args := mergeOverwrite (deepCopy .Values.cluster) (dict "http" $listen) -}}
 proxy_location: Disabled
 applications:
@@ -65,9 +69,6 @@ applications:
     import_path: cluster.serve_app:build
     args:
       {{- toYaml $args | nindent 6 }}
-    deployments:
-      - name: api
-        max_replicas_per_node: {{ div (add $ingresses (sub $workers 1)) $workers }}
 {{- end }}
 
 {{/* Security of a pod, and of a container. */}}
