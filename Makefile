@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml
 test: setup ## Unit and integration tests that are not marked slow
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-full: setup ## Every test
+test-full: setup helm ## Every test
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: setup ## Style, types, and who may import whom

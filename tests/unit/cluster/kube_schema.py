@@ -50,14 +50,18 @@ def strict(schema: Any) -> Any:
     return found
 
 
-def check_ray_service(manifest: dict[str, Any]) -> ClusterConfig:
-    """Everything about a RayService that KubeRay, Ray Serve or the cluster would find wrong later; returns the
-    configuration in it. Skips where the CRD is not at hand."""
+def check_crd(manifest: dict[str, Any]) -> None:
+    """A RayService as KubeRay knows it. Skips where the CRD is not at hand."""
     path = crd_path()
     if path is None:
         pytest.skip(f"KubeRay's {CRD_FILE} is not here: name its folder in KUBERAY_CRDS")
     checked = {key: value for key, value in manifest.items() if key != "metadata"}  # the API server's own
     jsonschema.Draft202012Validator(_ray_service_schema(path)).validate({**checked, "metadata": {}})
+
+
+def check_ray_service(manifest: dict[str, Any]) -> ClusterConfig:
+    """What Kubernetes, Ray Serve or the cluster would find wrong in a RayService later; returns the configuration in
+    it."""
     cluster = manifest["spec"]["rayClusterConfig"]
     for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())

@@ -17,7 +17,7 @@ from cluster.deploy.manifests import notes, render
 from cluster.deploy.ray_service import SHARED_MEMORY_MIB, labels, shared_memory_mib
 from cluster.deploy.settings import DeploySettings, load_settings, quantity, values_schema, with_exported
 from memory_agent.errors import SettingsError
-from tests.unit.cluster.kube_schema import check_object, check_ray_service, check_serve_config
+from tests.unit.cluster.kube_schema import check_crd, check_object, check_ray_service, check_serve_config
 from tests.unit.cluster.test_cli import ellm
 
 CHART = Path(__file__).parents[3] / "deploy/helm/ellm-cluster"
@@ -63,8 +63,8 @@ def objects(values: dict[str, Any], config: str = MODELS) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", VALUES)
 def test_every_object_is_valid(case: str) -> None:
-    """The RayService by KubeRay's CRD without room for a misspelt key, its pods and the others by Kubernetes' own
-    schemas, and the configuration in it is the one that was given, but for where the API listens."""
+    """The pods of the RayService and the others by Kubernetes' own schemas, without room for a misspelt key, and the
+    configuration in it is the one that was given, but for where the API listens."""
     manifests = render("chat", parse_config(MODELS, "test"), settings(VALUES[case]))
     for manifest in manifests[1:]:
         check_object(manifest)
@@ -73,6 +73,12 @@ def test_every_object_is_valid(case: str) -> None:
     assert found.http.host == "0.0.0.0"
     assert found.model_dump(exclude={"http"}) == given.model_dump(exclude={"http"})
     assert found.http.port == given.http.port
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_the_ray_service_is_valid(case: str) -> None:
+    """By KubeRay's CRD, likewise."""
+    check_crd(render("chat", parse_config(MODELS, "test"), settings(VALUES[case]))[0])
 
 
 @pytest.mark.parametrize(
@@ -88,12 +94,21 @@ def test_every_object_is_valid(case: str) -> None:
 def test_the_check_finds_a_misspelt_key(path: tuple[str, ...]) -> None:
     """Otherwise it would prove nothing."""
     manifest = copy.deepcopy(objects({})["RayService chat"])
-    check_ray_service(manifest)
+    check_crd(manifest)
     here = manifest
     for key in path[:-1]:
         here = here[key]
     here[path[-1]] = "x"
-    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+    with pytest.raises(jsonschema.ValidationError):
+        check_crd(manifest)
+
+
+def test_the_check_of_pods_finds_a_misspelt_key() -> None:
+    """Likewise, by Kubernetes' schemas."""
+    manifest = copy.deepcopy(objects({})["RayService chat"])
+    check_ray_service(manifest)
+    manifest["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["hostNetwrk"] = True
+    with pytest.raises(kubernetes_validate.ValidationError):
         check_ray_service(manifest)
 
 
