@@ -143,6 +143,10 @@ def test_no_container_may_more_than_it_must(case: str) -> None:
         assert not context["allowPrivilegeEscalation"] and context["capabilities"] == {"drop": ["ALL"]}
     for container in containers:
         assert {"/dev/shm", "/tmp", "/home/ellm"} <= {mount["mountPath"] for mount in container["volumeMounts"]}
+    pods[0]["spec"]["containers"].append(cluster["autoscalerOptions"])  # KubeRay makes it a container of the head
+    for pod in pods:
+        mounted = {mount["name"] for one in pod["spec"]["containers"] for mount in one["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["spec"]["volumes"]}
 
 
 def test_gpus_are_asked_for_under_limits() -> None:

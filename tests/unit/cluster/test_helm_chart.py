@@ -126,7 +126,8 @@ def test_bad_values_are_refused(helm: str, tmp_path: Path, values: str, complain
     assert done.returncode != 0 and complaint in done.stderr
 
 
-def test_a_long_name_is_refused(helm: str, tmp_path: Path) -> None:
-    """KubeRay would refuse it only when it is installed."""
-    done = run(helm, tmp_path, "template", "c" * 48, str(CHART))
+@pytest.mark.parametrize("name", ["c" * 48, "1chat", "chat.eu"])
+def test_a_name_that_kuberay_refuses_is_refused(helm: str, tmp_path: Path, name: str) -> None:
+    """Which it would only do when it is installed."""
+    done = run(helm, tmp_path, "template", name, str(CHART))
     assert done.returncode != 0 and "at most 47" in done.stderr
