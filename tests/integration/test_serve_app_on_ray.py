@@ -29,7 +29,7 @@ from cluster.start_stages import PROCESS_ENVIRONMENT
 from memory_agent.processes import SHM
 from tests.integration.conftest import _free_port
 
-START_S, AGAIN_S = 300.0, 120.0
+START_S, AGAIN_S = 600.0, 240.0
 ROOT = Path(__file__).parents[2]
 LLM_CONFIG = """
 model_loading_config: {{model_id: small, model_source: {source}}}
