@@ -159,9 +159,7 @@ class ClusterView:
         return PressureView(self._revision, engines)
 
     def snapshot(self, now_s: float) -> dict[str, Any]:
-        """Everything known, JSON-ready. Sizes are bytes; ``memory`` has one key an owner, and its keys but weights and
-        host buffer sum to the budget, unless more is held than the budget allows (it was lowered a moment ago) or
-        weights take of it what is not set aside for them."""
+        """Everything known, JSON-ready. Sizes are bytes; ``memory`` is ``DeviceReport.bytes_by_owner``."""
         nodes: dict[str, list[dict[str, Any]]] = {}
         for received in self._fresh(now_s):
             nodes.setdefault(received.report.node, []).append(self._device_json(received, now_s))
@@ -211,11 +209,6 @@ class ClusterView:
 
     def _device_json(self, received: _Received, now_s: float) -> dict[str, Any]:
         report = received.report
-        used = sum(engine.used_bytes for engine in report.engines)
-        held = report.held_bytes_os
-        activations = sum(engine.activation_held_bytes for engine in report.engines)
-        starts = sum(engine.start_bytes for engine in report.engines if not engine.waits_to_start)
-        taken = max(held, used) + activations + starts + report.weights_over_bytes
         replicas: list[dict[str, Any]] = list(report.to_json()["engines"])
         for replica in replicas:
             target = self.targets.target_for(replica["engine_id"])
@@ -227,15 +220,7 @@ class ClusterView:
             "report_age_s": round(now_s - received.at_s, 3),
             "budget_bytes": report.budget_bytes,
             "dead_engines": report.dead_engines,
-            "memory": {
-                "weights_bytes": sum(engine.weights_bytes for engine in report.engines),
-                "kv_used_bytes": used,
-                "kv_cached_bytes": max(0, held - used),
-                "activation_bytes": activations,
-                "start_bytes": starts,
-                "free_bytes": max(0, report.budget_bytes - taken),
-                "host_buffer_bytes": sum(engine.host_bytes for engine in report.engines),
-            },
+            "memory": {f"{owner}_bytes": held for owner, held in report.bytes_by_owner.items()},
             "running": sum(engine.running for engine in report.engines),
             "waiting": sum(engine.waiting for engine in report.engines),
             "replicas": replicas,

@@ -3,7 +3,7 @@
 from memory_agent.lease_board import NO_FD, AgentWord, EngineWord, LeaseBoard, ReplicaWord, Row
 from memory_agent.lease_keeper import LeaseKeeper
 from memory_agent.processes import file_bytes, resident_bytes
-from memory_agent.reports import DeviceReport, EngineReport
+from memory_agent.reports import DeviceReport, EngineReport, PressureLevel
 from memory_agent.tenant import Tenant
 
 
@@ -19,11 +19,18 @@ class DeviceReporter:
         self._pid = pid
         self._epoch_ns = epoch_ns
         self._sequence = 0
+        self._levels: dict[str | None, tuple[PressureLevel, float]] = {}
+        """Of each engine, and of the device under None: its level, and since when it has it."""
 
     def sample(self, keeper: LeaseKeeper, wall_s: float) -> DeviceReport:
         """One report. Asks the kernel twice or more for each engine: for reports, not for every tick."""
         self._sequence += 1
         board: LeaseBoard = keeper.board
+        levels = {None: keeper.pressure.level} | {one.engine_id: one.pressure.level for one in keeper.tenants}
+        known = {name: self._levels.get(name, (None, wall_s)) for name in levels}
+        self._levels = {
+            name: (level, known[name][1] if known[name][0] == level else wall_s) for name, level in levels.items()
+        }
         return DeviceReport(
             node=self._node,
             device=self._device,
@@ -34,12 +41,13 @@ class DeviceReporter:
             budget_bytes=board.budget_bytes,
             weights_bytes=board.weights_bytes,
             pressure=keeper.pressure.level,
-            engines=tuple(sample_engine(tenant) for tenant in keeper.tenants),
+            pressure_since_s=self._levels[None][1],
+            engines=tuple(sample_engine(tenant, self._levels[tenant.engine_id][1]) for tenant in keeper.tenants),
             dead_engines=board.dead_engines,
         )
 
 
-def sample_engine(tenant: Tenant) -> EngineReport:
+def sample_engine(tenant: Tenant, pressure_since_s: float) -> EngineReport:
     """One engine as its row and the operating system show it now."""
     row = tenant.row
     lease = row.lease
@@ -50,6 +58,9 @@ def sample_engine(tenant: Tenant) -> EngineReport:
     reachable_bytes = reachable_blocks * block_bytes
     used_bytes = row.get(EngineWord.USED_BYTES)
     pid = row.get(EngineWord.PID)
+    stores_declined, loads_declined = (
+        row.get(word) for word in (EngineWord.HOST_STORES_DECLINED, EngineWord.HOST_LOADS_DECLINED)
+    )
     return EngineReport(
         engine_id=tenant.engine_id,
         model=tenant.model,
@@ -76,7 +87,16 @@ def sample_engine(tenant: Tenant) -> EngineReport:
         host_bytes=row.get(EngineWord.HOST_BYTES),
         host_stored_blocks=row.get(EngineWord.HOST_STORED_BLOCKS),
         host_loaded_blocks=row.get(EngineWord.HOST_LOADED_BLOCKS),
-        host_declined_blocks=row.get(EngineWord.HOST_DECLINED_BLOCKS),
+        host_capacity_bytes=row.get(EngineWord.HOST_CAPACITY_BYTES),
+        host_hits=row.get(EngineWord.HOST_HITS),
+        host_misses=row.get(EngineWord.HOST_MISSES),
+        host_declined_blocks=stores_declined + loads_declined,
+        host_stores_moved=row.get(EngineWord.HOST_STORES_MOVED),
+        host_stores_probed=row.get(EngineWord.HOST_STORES_PROBED),
+        host_stores_declined=stores_declined,
+        host_loads_moved=row.get(EngineWord.HOST_LOADS_MOVED),
+        host_loads_probed=row.get(EngineWord.HOST_LOADS_PROBED),
+        host_loads_declined=loads_declined,
         host_evicted_blocks=row.get(EngineWord.HOST_EVICTED_BLOCKS),
         host_damaged_blocks=row.get(EngineWord.HOST_DAMAGED_BLOCKS),
         host_stored_tails=row.get(EngineWord.HOST_STORED_TAILS),
@@ -85,8 +105,14 @@ def sample_engine(tenant: Tenant) -> EngineReport:
         set_aside=row.get(EngineWord.SET_ASIDE),
         inflate_count=row.get(EngineWord.INFLATE_COUNT),
         inflate_bytes=row.get(EngineWord.INFLATE_BYTES),
+        inflate_s=row.get(EngineWord.INFLATE_NS) / 1e9,
         deflate_count=row.get(EngineWord.DEFLATE_COUNT),
         deflate_bytes=row.get(EngineWord.DEFLATE_BYTES),
+        deflate_s=row.get(EngineWord.DEFLATE_NS) / 1e9,
+        borrow_count=row.get(AgentWord.BORROW_COUNT),
+        borrow_bytes=row.get(AgentWord.BORROW_BYTES),
+        lend_count=row.get(AgentWord.LEND_COUNT),
+        lend_bytes=row.get(AgentWord.LEND_BYTES),
         map_failures=row.get(EngineWord.MAP_FAILURES),
         conservation_failures=row.get(EngineWord.CONSERVATION_FAILURES),
         overdue_bytes=tenant.overdue_bytes,
@@ -113,6 +139,7 @@ def sample_engine(tenant: Tenant) -> EngineReport:
         prompt_of_token=row.get_float(EngineWord.PROMPT_OF_TOKEN),
         prompt_rate=row.get_float(EngineWord.PROMPT_RATE),
         pressure=tenant.pressure.level,
+        pressure_since_s=pressure_since_s,
     )
 
 

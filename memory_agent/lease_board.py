@@ -26,7 +26,7 @@ from pathlib import Path
 from memory_agent.errors import BoardError
 
 MAGIC = 0x454C4C4D_424F4152  # "ELLMBOAR"
-VERSION = 6
+VERSION = 7
 LIMIT_UNIT_BYTES = 64 * 1024
 MAX_ROWS = 32
 MAX_WORKERS = 8
@@ -78,6 +78,12 @@ class AgentWord(IntEnum):
     """Start time of the engine's PID, likewise."""
     START_BYTES = 12
     """Of the budget, what the start takes: KV memory that is mapped at once, and what loading holds for a while."""
+    BORROW_COUNT = 13
+    """Since the registration: raises of the limit above the guarantee, and their bytes."""
+    BORROW_BYTES = 14
+    LEND_COUNT = 15
+    """Likewise: cuts of the limit below the guarantee."""
+    LEND_BYTES = 19
     WORKER_START_0 = 80
     """WORKER_START_0 + i: start time of worker i, likewise, up to MAX_WORKERS."""
 
@@ -128,8 +134,8 @@ class EngineWord(IntEnum):
     BLOCKS_MAPPED = 51
     MAP_FAILURES = 52
     TARGET_REVISION_APPLIED = 53
-    MOVE_NS = 54
-    """Time that workers spent mapping and unmapping, summed over moves (slowest rank)."""
+    INFLATE_NS = 54
+    """Time that workers spent mapping, summed over moves (slowest rank)."""
     ACTIVATION_BYTES = 55
     """The activations' part of COMMITTED_BYTES: the most that steps since the last trim can have taken."""
     ACTIVATION_HELD_BYTES = 56
@@ -155,8 +161,8 @@ class EngineWord(IntEnum):
     """Since the start: blocks written to the host buffer."""
     HOST_LOADED_BLOCKS = 90
     """Since the start: blocks that came back from it instead of being computed again."""
-    HOST_DECLINED_BLOCKS = 91
-    """Since the start: blocks that were not moved, either way, because computing them again is cheaper."""
+    DEFLATE_NS = 91
+    """Likewise unmapping."""
     HOST_EVICTED_BLOCKS = 92
     """Since the start: blocks that had to leave the host buffer for others."""
     HOST_DAMAGED_BLOCKS = 93
@@ -190,6 +196,19 @@ class EngineWord(IntEnum):
     """Tokens of the prompt that a prompt's token is in, mean over their tokens: long ones weigh more."""
     PROMPT_RATE = 109
     """Tokens of prompts that were computed a second, over about the last half minute."""
+    HOST_CAPACITY_BYTES = 110
+    """An integer again, as all words from here on. Size of the host buffer, over all workers."""
+    HOST_HITS = 111
+    """Since the start: blocks that requests asked the host buffer for and that were there; HOST_MISSES: were not."""
+    HOST_MISSES = 112
+    HOST_STORES_MOVED = 113
+    """Since the start, what break-even has decided: blocks to store, and to load, because it pays (MOVED), to learn
+    whether it does (PROBED), or not at all, because computing them again is cheaper (DECLINED)."""
+    HOST_STORES_PROBED = 114
+    HOST_STORES_DECLINED = 115
+    HOST_LOADS_MOVED = 116
+    HOST_LOADS_PROBED = 117
+    HOST_LOADS_DECLINED = 118
 
 
 @dataclass(frozen=True)

@@ -30,16 +30,22 @@ class EngineReport:
             one that was reported.
         token_budget: most tokens of a step that the lease allowed last.
         used_bytes: KV bytes that requests reference now.
-        host_bytes: taken in the host buffer. host_..._blocks, since the start: written to it; loaded from it; not
-            moved, because computing them again is cheaper; pushed out by others; not found whole, and computed again.
+        host_bytes: taken in the host buffer, of host_capacity_bytes. host_..._blocks, since the start: written to it;
+            loaded from it; not moved, because computing them again is cheaper; pushed out by others; not found whole,
+            and computed again. host_hits, host_misses: blocks that were asked for. host_stores_..., host_loads_...:
+            blocks for which break-even has decided so.
         host_..._tails: of the blocks written and loaded the last, partly filled ones of preempted requests.
         host_logical_bytes: of requests that may be set aside for prompts; set_aside: requests that were, since the
             start.
         rss_bytes: resident bytes of the engine's processes.
+        inflate_..., deflate_...: moves of KV memory since the start, their bytes, and the time they took.
+        borrow_count, borrow_bytes: raises of the limit above the guarantee since the registration; lend_...: cuts below
+            it.
         map_failures: moves that a worker refused for lack of memory.
         conservation_failures: checks that found the engine's count of its memory at odds with what is mapped: a defect.
         overdue_bytes: owed to other engines for longer than a reclaim may take; its processes are stopped or very slow.
-        pressure: of this engine: its used and demanded bytes against what it can reach.
+        pressure: of this engine: its used and demanded bytes against what it can reach. pressure_since_s: wall-clock
+            time from which it has had this level, as far as this life of the agent knows.
         reachable_blocks: KV blocks inside the current lease; blocks_ceiling: KV blocks of the virtual tensor.
         kv_usage: used share of the reachable capacity, 0 to 1.
         target_revision, token_budget_max, active_max: of the controller's target that the replica has; 0 for none.
@@ -79,7 +85,16 @@ class EngineReport:
     host_bytes: int
     host_stored_blocks: int
     host_loaded_blocks: int
+    host_capacity_bytes: int
+    host_hits: int
+    host_misses: int
     host_declined_blocks: int
+    host_stores_moved: int
+    host_stores_probed: int
+    host_stores_declined: int
+    host_loads_moved: int
+    host_loads_probed: int
+    host_loads_declined: int
     host_evicted_blocks: int
     host_damaged_blocks: int
     host_stored_tails: int
@@ -88,8 +103,14 @@ class EngineReport:
     set_aside: int
     inflate_count: int
     inflate_bytes: int
+    inflate_s: float
     deflate_count: int
     deflate_bytes: int
+    deflate_s: float
+    borrow_count: int
+    borrow_bytes: int
+    lend_count: int
+    lend_bytes: int
     map_failures: int
     conservation_failures: int
     overdue_bytes: int
@@ -116,6 +137,12 @@ class EngineReport:
     prompt_of_token: float
     prompt_rate: float
     pressure: PressureLevel
+    pressure_since_s: float
+
+    @property
+    def kv_cached_bytes(self) -> int:
+        """KV memory held that no request references."""
+        return max(0, self.held_bytes_os - self.used_bytes)
 
     @property
     def waits_to_start(self) -> bool:
@@ -131,6 +158,7 @@ class DeviceReport:
         taken_at_s: wall-clock time of the sample, for people; sequence: grows by one with each report of an agent life.
         agent_epoch_ns: start time of this agent life; (agent_epoch_ns, sequence) orders reports of a device.
         budget_bytes: KV bytes the engines of this device share; weights_bytes: set aside beside it for their weights.
+        pressure, pressure_since_s: of the device, as an engine's.
     """
 
     node: str
@@ -142,6 +170,7 @@ class DeviceReport:
     budget_bytes: int
     weights_bytes: int
     pressure: PressureLevel
+    pressure_since_s: float
     engines: tuple[EngineReport, ...]
     dead_engines: int
 
@@ -153,6 +182,25 @@ class DeviceReport:
     @property
     def held_bytes_os(self) -> int:
         return sum(engine.held_bytes_os for engine in self.engines)
+
+    @property
+    def bytes_by_owner(self) -> dict[str, int]:
+        """All but ``weights`` and ``host_buffer`` sum to the budget, unless more is held than the budget allows (it was
+        lowered a moment ago) or weights take of it what is not set aside for them."""
+        used = sum(engine.used_bytes for engine in self.engines)
+        held = self.held_bytes_os
+        activations = sum(engine.activation_held_bytes for engine in self.engines)
+        starts = sum(engine.start_bytes for engine in self.engines if not engine.waits_to_start)
+        taken = max(held, used) + activations + starts + self.weights_over_bytes
+        return {
+            "weights": sum(engine.weights_bytes for engine in self.engines),
+            "kv_used": used,
+            "kv_cached": max(0, held - used),
+            "activation": activations,
+            "start": starts,
+            "free": max(0, self.budget_bytes - taken),
+            "host_buffer": sum(engine.host_bytes for engine in self.engines),
+        }
 
     def same_numbers(self, other: "DeviceReport") -> bool:
         """Whether only the time of the sample tells the two apart."""

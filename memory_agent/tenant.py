@@ -265,8 +265,25 @@ class Tenant:
         # The exposure goes first: should this process die in between, it errs on the safe side.
         row.set(AgentWord.EXPOSURE_BYTES, max(row.get(AgentWord.EXPOSURE_BYTES), decision.limit_bytes))
         row.set(AgentWord.LEASE, Lease(decision.limit_bytes, old.revision + 1).pack())
+        self._count_loan(old.limit_bytes, decision.limit_bytes)
         change = f"{old.limit_bytes} -> {decision.limit_bytes} bytes, revision {old.revision + 1}"
         logger.info("lease of %s: %s; demand %d: %s", self.engine_id, change, self.demand.demand_bytes, decision.reason)
+
+    def _count_loan(self, before_bytes: int, now_bytes: int) -> None:
+        """Count what of a change of the limit is borrowed beyond the guarantee, or lent of it. An engine that has not
+        started does neither."""
+        if self.state is not RowState.LIVE:
+            return
+        guarantee = self.guarantee_bytes
+        borrowed = max(0, now_bytes - max(before_bytes, guarantee))
+        lent = max(0, min(before_bytes, guarantee) - now_bytes)
+        for moved, count_word, bytes_word in (
+            (borrowed, AgentWord.BORROW_COUNT, AgentWord.BORROW_BYTES),
+            (lent, AgentWord.LEND_COUNT, AgentWord.LEND_BYTES),
+        ):
+            if moved:
+                self.row.set(count_word, self.row.get(count_word) + 1)
+                self.row.set(bytes_word, self.row.get(bytes_word) + moved)
 
     def _follow_debt(self, now_s: float) -> None:
         """Count the time for which bytes are owed and none come back; say when it has become too long, and its end."""

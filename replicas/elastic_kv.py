@@ -327,7 +327,6 @@ class ElasticKv:
 
     def _finish(self, flight: _Flight) -> None:
         errors = [ack.error for ack in flight.acks if ack.error]
-        nanoseconds = int(max(ack.seconds for ack in flight.acks) * 1e9)
         moves = flight.moves
         if errors:
             self._undo(moves, errors[0])
@@ -336,11 +335,13 @@ class ElasticKv:
             self.parking.finish_map(moves.map)
             if moves.map:
                 self._batch_now = min(self._batch, 2 * self._batch_now)
-            self._words.count_unmapped(len(moves.unmap) * self._extent_bytes)
-            self._words.count_mapped(len(moves.map) * self._extent_bytes)
+            unmap_s, map_s = (
+                max(took) for took in zip(*((ack.unmap_s, ack.map_s) for ack in flight.acks), strict=True)
+            )
+            self._words.count_unmapped(len(moves.unmap) * self._extent_bytes, unmap_s)
+            self._words.count_mapped(len(moves.map) * self._extent_bytes, map_s)
         if errors or moves.check is not None:
             self._check_books([ack.imbalance for ack in flight.acks if ack.imbalance])
-        self._words.add(EngineWord.MOVE_NS, nanoseconds)
         self._before = Holding(0, 0)
         self._publish_held(self._activation_bytes)
 

@@ -95,15 +95,19 @@ class EngineWords:
         self._row.set(EngineWord.ACTIVATION_HELD_BYTES, kept_bytes)
         self._row.set(EngineWord.COMMITTED_BYTES, sum(most))
 
-    def count_unmapped(self, moved_bytes: int) -> None:
-        """A move that took memory from the KV cache is done."""
-        self.add(EngineWord.DEFLATE_COUNT, int(moved_bytes > 0))
-        self.add(EngineWord.DEFLATE_BYTES, moved_bytes)
+    def count_unmapped(self, moved_bytes: int, seconds: float) -> None:
+        """What a move took from the KV cache is unmapped; nothing is counted where that is nothing."""
+        if moved_bytes:
+            self.add(EngineWord.DEFLATE_COUNT, 1)
+            self.add(EngineWord.DEFLATE_BYTES, moved_bytes)
+            self.add(EngineWord.DEFLATE_NS, int(seconds * 1e9))
 
-    def count_mapped(self, moved_bytes: int) -> None:
-        """A move that gave memory to the KV cache is done."""
-        self.add(EngineWord.INFLATE_COUNT, int(moved_bytes > 0))
-        self.add(EngineWord.INFLATE_BYTES, moved_bytes)
+    def count_mapped(self, moved_bytes: int, seconds: float) -> None:
+        """What a move gave to the KV cache is mapped, likewise."""
+        if moved_bytes:
+            self.add(EngineWord.INFLATE_COUNT, 1)
+            self.add(EngineWord.INFLATE_BYTES, moved_bytes)
+            self.add(EngineWord.INFLATE_NS, int(seconds * 1e9))
 
     def add(self, word: EngineWord, value: int) -> None:
         self._row.set(word, self._row.get(word) + value)

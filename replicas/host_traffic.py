@@ -117,9 +117,18 @@ class HostTraffic:
         row.set(EngineWord.HOST_BYTES, self.buffer.taken_slots * self._slot_bytes)
         row.set(EngineWord.HOST_STORED_BLOCKS, counts.stores)
         row.set(EngineWord.HOST_LOADED_BLOCKS, self._loaded)
-        row.set(EngineWord.HOST_DECLINED_BLOCKS, sum(decided.declined for decided in decisions.values()))
         row.set(EngineWord.HOST_EVICTED_BLOCKS, counts.evictions)
         row.set(EngineWord.HOST_DAMAGED_BLOCKS, self._damaged)
+        row.set(EngineWord.HOST_CAPACITY_BYTES, self.buffer.slots * self._slot_bytes)
+        row.set(EngineWord.HOST_HITS, counts.hits)
+        row.set(EngineWord.HOST_MISSES, counts.misses)
+        stores, loads = decisions[Move.STORE], decisions[Move.LOAD]
+        row.set(EngineWord.HOST_STORES_MOVED, stores.moved)
+        row.set(EngineWord.HOST_STORES_PROBED, stores.probed)
+        row.set(EngineWord.HOST_STORES_DECLINED, stores.declined)
+        row.set(EngineWord.HOST_LOADS_MOVED, loads.moved)
+        row.set(EngineWord.HOST_LOADS_PROBED, loads.probed)
+        row.set(EngineWord.HOST_LOADS_DECLINED, loads.declined)
 
     def _learn(self, report: HostReport) -> None:
         self.break_even.observe_move(Move.STORE, report.stored_bytes, report.store_s)

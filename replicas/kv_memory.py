@@ -61,18 +61,19 @@ class KvMemory:
     def apply(self, moves: KvMoves) -> KvAck:
         """Unmap, then map, all or nothing. Never raises for lack of memory: the answer says so, and what a check of the
         books finds after an undo, or where ``moves`` asks for one."""
-        started = time.perf_counter()
+        began = unmapped = time.perf_counter()
         error = None
         try:
             self._balloon.deflate_kv(moves.unmap)
+            unmapped = time.perf_counter()
             self._balloon.inflate_kv(moves.map)
         except MemoryError_ as failure:
             error = str(failure)
-        seconds = time.perf_counter() - started
+        unmap_s, map_s = unmapped - began, time.perf_counter() - unmapped
         imbalance = None
         if error is not None or moves.check is not None:
             imbalance = self._imbalance(moves.check if error is None else None)
-        return KvAck(moves.sequence, error, seconds, imbalance)
+        return KvAck(moves.sequence, error, unmap_s, map_s, imbalance)
 
     def check_conservation(self) -> None:
         """Raise ContractViolation unless extents, slots, chunks and the system's count agree."""

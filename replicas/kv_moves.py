@@ -45,12 +45,13 @@ class KvAck:
     """One worker's answer to one KvMoves.
 
     Without an error all of it is done. With one, nothing of ``map`` is mapped, and of ``unmap`` some may still be.
-    ``imbalance`` is what a check of the worker's books found: a defect.
+    ``unmap_s`` and ``map_s`` are what each took. ``imbalance`` is what a check of the worker's books found: a defect.
     """
 
     sequence: int
     error: str | None
-    seconds: float
+    unmap_s: float
+    map_s: float
     imbalance: str | None = None
 
 

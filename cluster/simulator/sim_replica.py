@@ -93,6 +93,7 @@ class SimReplica:
             budget_bytes=self._profile.device_bytes,
             weights_bytes=0,
             pressure=self._last.pressure,
+            pressure_since_s=self._last.pressure_since_s,
             engines=(self._last,) if self.up else (),
             dead_engines=0 if self.up else 1,
         )

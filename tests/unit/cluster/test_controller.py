@@ -31,7 +31,10 @@ def engine(engine_id: str = "a", **values: Any) -> EngineReport:
         "demand_bytes": GIB // 2, "rss_bytes": 900, "running": 2, "waiting": 3,
         "preemptions": 0, "host_bytes": 11, "host_stored_blocks": 0, "host_loaded_blocks": 0, "host_declined_blocks": 0,
         "host_evicted_blocks": 0, "host_damaged_blocks": 0, "host_stored_tails": 0, "host_loaded_tails": 0,
-        "host_logical_bytes": 0, "set_aside": 0,
+        "host_logical_bytes": 0, "set_aside": 0, "host_capacity_bytes": 40, "host_hits": 0, "host_misses": 0,
+        "host_stores_moved": 0, "host_stores_probed": 0, "host_stores_declined": 0,
+        "host_loads_moved": 0, "host_loads_probed": 0, "host_loads_declined": 0,
+        "inflate_s": 0.0, "deflate_s": 0.0, "borrow_count": 0, "borrow_bytes": 0, "lend_count": 0, "lend_bytes": 0,
         "inflate_count": 0, "inflate_bytes": 0, "deflate_count": 0, "deflate_bytes": 0,
         "map_failures": 0, "conservation_failures": 0, "overdue_bytes": 0,
         "blocks_mapped": 1, "reachable_blocks": 9, "blocks_ceiling": 10, "block_tokens": 128,
@@ -40,7 +43,7 @@ def engine(engine_id: str = "a", **values: Any) -> EngineReport:
         "step_s": 0.01, "row_s": 1e-3, "kv_token_s": 1e-7, "token_s": 1e-4, "pair_s": 0.0,
         "tpot_s": 0.02, "tpot_target_s": 0.0, "ttft_share": 0.0, "prompt_tokens": 100.0,
         "prompt_of_token": 100.0, "prompt_rate": 0.0,
-        "pressure": PressureLevel.NORMAL,
+        "pressure": PressureLevel.NORMAL, "pressure_since_s": 1.0,
     }  # fmt: skip
     return EngineReport(engine_id=engine_id, **(known | values))
 
@@ -48,7 +51,7 @@ def engine(engine_id: str = "a", **values: Any) -> EngineReport:
 def report(sequence: int, *engines: EngineReport, epoch: int = 100, **values: Any) -> DeviceReport:
     known: dict[str, Any] = {
         "node": "n1", "device": "cpu", "agent_pid": 5, "taken_at_s": 1.0, "budget_bytes": 2 * GIB,
-        "weights_bytes": 1000, "pressure": PressureLevel.NORMAL, "dead_engines": 0,
+        "weights_bytes": 1000, "pressure": PressureLevel.NORMAL, "pressure_since_s": 1.0, "dead_engines": 0,
     }  # fmt: skip
     return DeviceReport(agent_epoch_ns=epoch, sequence=sequence, engines=engines, **(known | values))
 

@@ -43,7 +43,7 @@ class FakeController:
 
 
 def report(sequence: int, budget_bytes: int = 100) -> DeviceReport:
-    return DeviceReport("n", "cpu", 1, 2, sequence, float(sequence), budget_bytes, 0, PressureLevel.NORMAL, (), 0)
+    return DeviceReport("n", "cpu", 1, 2, sequence, float(sequence), budget_bytes, 0, PressureLevel.NORMAL, 0.0, (), 0)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import pickle
 from memory_agent.device_report import DeviceReporter
 from memory_agent.lease_board import NO_FD, EngineWord, ReplicaWord
 from memory_agent.lease_keeper import LeaseKeeper
-from tests.unit.memory_agent.board_players import BUDGET, UNIT, Clock, appear, terms
+from memory_agent.reports import PressureLevel
+from tests.unit.memory_agent.board_players import BUDGET, GUARANTEE, UNIT, Clock, appear, terms
 
 
 def test_report_shows_board_and_kernel(keeper: LeaseKeeper, clock: Clock) -> None:
@@ -46,3 +47,40 @@ def test_memory_without_a_file_is_reported_as_the_engine_counts_it(keeper: Lease
     clock.tick(3)
     (engine,) = DeviceReporter("node", "gpu0", 7, epoch_ns=9).sample(keeper, 1.0).engines
     assert (engine.held_bytes_os, engine.committed_bytes, engine.activation_bytes) == (5 * UNIT, 5 * UNIT, 3 * UNIT)
+
+
+def test_what_is_lent_and_borrowed_is_counted(keeper: LeaseKeeper, clock: Clock) -> None:
+    """An engine alone borrows all that nobody wants; when a second one wants its bytes, the first falls back below its
+    guarantee, and that is lent. The bytes are those by which the limits changed beyond the guarantee."""
+    first = keeper.register(terms("a"))
+    appear(first, os.getpid())
+    clock.tick(100, first)
+    reporter = DeviceReporter("node", "cpu", 7, epoch_ns=9)
+    (alone,) = reporter.sample(keeper, 1.0).engines
+    assert (alone.borrow_count, alone.borrow_bytes, alone.lend_count) == (1, BUDGET - GUARANTEE, 0)
+    second = keeper.register(terms("b"))
+    appear(second, os.getpid())
+    second.set(EngineWord.DEMAND_BYTES, BUDGET)
+    clock.tick(200, first, second)
+    lender, borrower = reporter.sample(keeper, 2.0).engines
+    assert lender.lend_count > 0 and lender.lend_bytes == GUARANTEE - lender.limit_bytes > 0
+    assert borrower.borrow_bytes == borrower.limit_bytes - GUARANTEE > 0
+    assert lender.borrow_bytes == alone.borrow_bytes
+
+
+def test_a_level_is_told_with_its_beginning(keeper: LeaseKeeper, clock: Clock) -> None:
+    """The time from which an engine and its device have had their level stays while the level does; the next life of
+    the agent counts from its own first report."""
+    row = keeper.register(terms("a"))
+    appear(row, os.getpid())
+    clock.tick(3, row)
+    reporter = DeviceReporter("node", "cpu", 7, epoch_ns=9)
+    calm = [reporter.sample(keeper, wall_s) for wall_s in (10.0, 11.0)]
+    assert [one.pressure_since_s for one in calm] == [10.0, 10.0]
+    row.set(EngineWord.DEMAND_BYTES, 2 * BUDGET)
+    clock.tick(3, row)
+    pressed = [reporter.sample(keeper, wall_s) for wall_s in (12.0, 13.0)]
+    assert [one.pressure_since_s for one in pressed] == [12.0, 12.0]
+    assert [one.engines[0].pressure_since_s for one in (*calm, *pressed)] == [10.0, 10.0, 12.0, 12.0]
+    assert pressed[0].pressure is PressureLevel.CRITICAL
+    assert DeviceReporter("node", "cpu", 8, epoch_ns=10).sample(keeper, 14.0).pressure_since_s == 14.0

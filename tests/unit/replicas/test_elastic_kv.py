@@ -97,9 +97,9 @@ class World:
     def answer(self, error: str | None = None) -> None:
         """Every rank answers every move in flight; with ``error`` the last rank fails."""
         for moves in self.in_flight:
-            acks = [KvAck(moves.sequence, None, 0.001) for _ in range(self.ranks - 1)]
+            acks = [KvAck(moves.sequence, None, 0.001, 0.001) for _ in range(self.ranks - 1)]
             failed = error if moves.map else None
-            self.kv.on_acks([*acks, KvAck(moves.sequence, failed, 0.001)])
+            self.kv.on_acks([*acks, KvAck(moves.sequence, failed, 0.001, 0.001)])
         self.in_flight.clear()
 
     def settle(self, wanted: int = 0) -> None:
@@ -146,10 +146,28 @@ def test_a_block_is_usable_only_after_every_rank_has_mapped_it(tmp_path: Path) -
     world.set_limit_extents(10)
     moves = world.step(wanted=3)
     assert moves.map
-    world.kv.on_acks([KvAck(moves.sequence, None, 0.0)])
+    world.kv.on_acks([KvAck(moves.sequence, None, 0.0, 0.0)])
     assert world.pool.get_num_free_blocks() == 0
-    world.kv.on_acks([KvAck(moves.sequence, None, 0.0)])
+    world.kv.on_acks([KvAck(moves.sequence, None, 0.0, 0.0)])
     assert world.pool.get_num_free_blocks() == len(moves.map)
+
+
+def test_moves_are_counted_with_the_time_of_the_slowest_rank(tmp_path: Path) -> None:
+    """Mapping and unmapping have counts, bytes and seconds of their own; a step that only maps counts as no unmap."""
+    world = World(tmp_path / "board", ranks=2)
+    row = world.board.row(0)
+    world.set_limit_extents(10)
+    grown = world.step(wanted=3)
+    world.kv.on_acks([KvAck(grown.sequence, None, 0.5, map_s) for map_s in (0.25, 0.125)])
+    assert (row.get(EngineWord.INFLATE_COUNT), row.get(EngineWord.INFLATE_NS)) == (1, 250_000_000)
+    assert row.get(EngineWord.INFLATE_BYTES) == len(grown.map) * world.extent_bytes
+    assert (row.get(EngineWord.DEFLATE_COUNT), row.get(EngineWord.DEFLATE_NS)) == (0, 0)
+    world.set_limit_extents(1)
+    shrunk = world.step()
+    world.kv.on_acks([KvAck(shrunk.sequence, None, unmap_s, 0.5) for unmap_s in (0.125, 0.25)])
+    assert (row.get(EngineWord.DEFLATE_COUNT), row.get(EngineWord.DEFLATE_NS)) == (1, 250_000_000)
+    assert row.get(EngineWord.DEFLATE_BYTES) == len(shrunk.unmap) * world.extent_bytes
+    assert row.get(EngineWord.INFLATE_NS) == 250_000_000
 
 
 def test_a_rank_that_fails_aborts_the_move_on_all(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 
 from memory_agent.extents import KvGeometry, KvRegion
 from memory_agent.host_segment import HostSegment
+from memory_agent.lease_board import EngineWord, LeaseBoard
 from replicas.break_even import Move
 from replicas.host_copies import HostCopies
 from replicas.host_moves import HostCopy, HostReport, HostWork
@@ -162,6 +163,26 @@ def test_a_resumed_request_finds_what_leaves_in_this_very_step(world: World) -> 
     world.tier.allocate("a", [5, 6, 7, 8], 4 * TOKENS)
     world.work()
     assert np.array_equal(world.device[0][:, 1:5], world.device[0][:, 5:9])
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_the_board_tells_what_the_buffer_did(tmp_path: Path, pays: bool) -> None:
+    """Its size, what was found in it, and what break-even has decided about stores and loads."""
+    world = World(tmp_path, pays=pays)
+    for name, blocks in (("a", 4), ("b", 8), ("a", 4), ("b", 8), ("c", 8), ("d", 8)):
+        world.run(name, blocks)
+        world.now += 0.1
+    row = LeaseBoard.create(tmp_path / "board", 1).row(0)
+    world.traffic.publish(row)
+    word, decisions = row.get, world.traffic.break_even.decisions
+    assert word(EngineWord.HOST_CAPACITY_BYTES) == SLOTS * WORDS * 8
+    assert word(EngineWord.HOST_HITS) > 0 < word(EngineWord.HOST_MISSES)
+    assert (word(EngineWord.HOST_STORES_MOVED) > 0) == pays
+    assert (word(EngineWord.HOST_LOADS_MOVED) > 0) == pays
+    assert (word(EngineWord.HOST_STORES_PROBED) > 0) == (word(EngineWord.HOST_STORES_DECLINED) > 0) == (not pays)
+    assert word(EngineWord.HOST_LOADS_PROBED) == decisions[Move.LOAD].probed
+    assert word(EngineWord.HOST_LOADS_DECLINED) == decisions[Move.LOAD].declined
+    world.close()
 
 
 def test_what_is_disbelieved_is_not_kept(world: World) -> None:
