@@ -31,6 +31,7 @@ from cluster.cluster_status import ControllerAwayError, read_snapshot
 from cluster.decisions_api import decision_routes
 from cluster.model_table import ModelTable, ServedModel
 from cluster.models_api import RegistryAwayError, model_routes, read_models
+from cluster.scrape_targets import target_routes
 from cluster.slo_layer import SloLayer
 from cluster.slo_ledger import SloReport, to_json
 
@@ -92,6 +93,7 @@ def build_api(
     routes: list[Route | Mount] = [
         Route("/health", health),
         Route("/metrics", metrics.__call__),
+        *target_routes(),
         Route("/ellm/status", status),
         *decision_routes(),
         *model_routes(),

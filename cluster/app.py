@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
     from cluster.config import ClusterConfig, ModelConfig
+    from cluster.metrics_text import TextFamilies
     from cluster.model_plan import IngressState
     from cluster.model_set import ModelEntry
     from cluster.slo_ledger import SloReport
@@ -176,17 +177,21 @@ class ApiIngress:
 
         if control is not None:
             await control.started.remote()
-        self._table, self._ledger, api = await build_ingress(config, REPLICA_REQUEST_LIMIT)
-        self._server = HttpServer(api, config.http.host, config.http.port, INGRESS_REQUEST_LIMIT, DRAIN_S)
+        self._ingress = await build_ingress(config, REPLICA_REQUEST_LIMIT, serve.get_replica_context().rank.rank)
+        self._server = HttpServer(self._ingress.api, config.http.host, config.http.port, INGRESS_REQUEST_LIMIT, DRAIN_S)
         await self._server.start()
 
     async def model_state(self) -> "IngressState":
         """Asked by the registry: the models of this process."""
-        return self._table.state()
+        return self._ingress.table.state()
 
     async def slo_report(self) -> "SloReport":
         """Asked by every ingress process that shows the cluster's state."""
-        return self._ledger.report()
+        return self._ingress.ledger.report()
+
+    async def metrics(self) -> "TextFamilies":
+        """Asked by the ingress process that Prometheus asks."""
+        return await self._ingress.metrics.read()
 
     async def check_health(self) -> None:
         """Called by Ray Serve: raises where the server has ended, which replaces this process."""

@@ -88,6 +88,22 @@ class PressureView:
 
 
 @dataclass(frozen=True)
+class ControllerMeasures:
+    """For metrics. Crosses processes.
+
+    Attributes:
+        reports: the fresh ones; ages_s: of the newest report by (node, device), stale ones too.
+        outcomes: reports by outcome; decisions: by kind. started_s: Unix time at which this life began.
+    """
+
+    reports: tuple[DeviceReport, ...]
+    ages_s: dict[tuple[str, str], float]
+    outcomes: dict[str, int]
+    decisions: dict[str, int]
+    started_s: float
+
+
+@dataclass(frozen=True)
 class _Received:
     report: DeviceReport
     at_s: float
@@ -103,6 +119,7 @@ class ClusterView:
     def __init__(self, settings: TargetSettings, epoch_ms: int) -> None:
         self.targets = TargetPlanner(settings, epoch_ms)
         self.decisions = DecisionLog()
+        self._epoch_ms = epoch_ms
         self._devices: dict[tuple[str, str], _Received] = {}
         self._outcomes = dict.fromkeys(ReportOutcome, 0)
         # A wall clock as the first revision: no view of a former life can be mistaken for one of this life.
@@ -157,6 +174,16 @@ class ClusterView:
             self._shown = shown
             self._revision += 1
         return PressureView(self._revision, engines)
+
+    def measures(self, now_s: float) -> ControllerMeasures:
+        """What metrics tell of it."""
+        return ControllerMeasures(
+            reports=tuple(received.report for received in self._fresh(now_s)),
+            ages_s={name: now_s - received.at_s for name, received in sorted(self._devices.items())},
+            outcomes={str(outcome): count for outcome, count in self._outcomes.items()},
+            decisions=dict(self.decisions.counts),
+            started_s=self._epoch_ms / 1000,
+        )
 
     def snapshot(self, now_s: float) -> dict[str, Any]:
         """Everything known, JSON-ready. Sizes are bytes; ``memory`` is ``DeviceReport.bytes_by_owner``."""

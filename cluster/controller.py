@@ -19,7 +19,7 @@ import ray
 from ray.actor import ActorHandle, exit_actor
 from ray.exceptions import RayError
 
-from cluster.cluster_view import ClusterView, PressureView, ReportOutcome
+from cluster.cluster_view import ClusterView, ControllerMeasures, PressureView, ReportOutcome
 from cluster.decision import Decision
 from cluster.target_planner import TargetSettings
 from memory_agent.controller_link import CONTROLLER_NAME, NAMESPACE
@@ -84,6 +84,10 @@ class Controller:
         """Everything known, JSON-ready; see ClusterView.snapshot."""
         now = {"taken_at_s": time.time(), "controller_pid": os.getpid()}
         return now | self._view.snapshot(time.monotonic())
+
+    async def measures(self) -> ControllerMeasures:
+        """Everything that metrics tell of it."""
+        return self._view.measures(time.monotonic())
 
     async def watch(self, seen_revision: int, timeout_s: float) -> PressureView:
         """The pressure view as soon as its revision is not ``seen_revision``, at the latest after ``timeout_s``, of

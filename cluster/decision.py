@@ -1,6 +1,6 @@
 """What the controller decided lately, with what it saw and why: what ``ellm explain`` shows. Pure."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,10 +34,13 @@ class DecisionLog:
 
     def __init__(self, kept: int = _KEPT) -> None:
         self._last: deque[tuple[float, Decision]] = deque(maxlen=kept)
+        self.counts: Counter[str] = Counter()
+        """Of all since the start, by kind."""
 
     def add(self, decision: Decision, now_s: float) -> None:
         """Keep it, and forget the oldest where there are too many."""
         self._last.append((now_s, decision))
+        self.counts[decision.kind] += 1
 
     def last(self, count: int, subject: str, now_s: float) -> list[dict[str, Any]]:
         """JSON-ready, the newest first: at most ``count``, of subjects that contain ``subject``."""

@@ -13,6 +13,7 @@ comes afterwards, such as a further turn of a conversation with tools, belongs t
 import asyncio
 import itertools
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -39,6 +40,7 @@ class _Wait:
 
     request: RequestSlo
     ticket: Ticket
+    since_s: float
     over: asyncio.Event = field(default_factory=asyncio.Event)
     parts: int = 0
 
@@ -48,6 +50,8 @@ class Door:
 
     Attributes:
         waiting: engine requests that wait here.
+        verdicts: HTTP requests by class and what the door said to them; one that had to wait is let in or refused
+            afterwards. waited_s: by class, of those that wait no more.
         room: who is inside.
     """
 
@@ -60,6 +64,8 @@ class Door:
     ) -> None:
         """keeps_pace: requests are held back where the TPOT of those inside would suffer."""
         self.waiting = 0
+        self.verdicts: Counter[tuple[str, Verdict]] = Counter()
+        self.waited_s: defaultdict[str, float] = defaultdict(float)
         self._keeps_pace = keeps_pace
         self._queue = queue
         self.room = room or Room(inf, seqs=1, replicas=1)
@@ -82,6 +88,8 @@ class Door:
         request = part.request
         if request is not None:
             if self._queue is None:
+                if not request.admitted:
+                    self._count(request, Verdict.ADMITTED)
                 request.admitted = True
             elif not request.admitted and request.halt is None:
                 await self._decide(self._queue, request)
@@ -134,13 +142,14 @@ class Door:
                 self.room.want(request.slo_class.tpot_ms / 1000, now_s)
             queue.capacity = self._entries.per_s(now_s, unknown=inf)
             decision = queue.offer(ticket, now_s, self.room.has_room(len(request.parts), now_s))
+            self._count(request, decision.verdict)
             if decision.verdict is Verdict.ADMITTED:
                 self._admit(request)
                 return
             if decision.verdict is Verdict.REFUSED:
                 request.stop(_refusal(decision.reason, decision.retry_after_s))
                 return
-            wait = self._waits[request] = _Wait(request, ticket)
+            wait = self._waits[request] = _Wait(request, ticket, now_s)
             self._owners[ticket.number] = request
             self._queue_changed(queue)
         wait.parts += 1
@@ -152,7 +161,7 @@ class Door:
             self.waiting -= 1
             if not wait.parts and not wait.over.is_set():  # its client has gone, or its deadline
                 queue.withdraw(wait.ticket)
-                self._forget(wait.ticket)
+                self._forget(wait.ticket, self._clock())
                 self._queue_changed(queue)
 
     def _ticket(self, request: RequestSlo, now_s: float) -> Ticket:
@@ -176,13 +185,17 @@ class Door:
         for late in queue.drop_late(now_s):
             waited_s = now_s - late.arrived_s
             why = f"its first token would be late: it has waited {waited_s:.1f} s, {queue.requests} requests wait"
-            self._forget(late).stop(_refusal(why, queue.comeback_s(late)))
+            refused = self._forget(late, now_s)
+            self._count(refused, Verdict.REFUSED)
+            refused.stop(_refusal(why, queue.comeback_s(late)))
         while (ticket := queue.peek()) is not None:
             if not self.room.has_room(len(self._owners[ticket.number].parts), now_s):
                 break
             queue.take(now_s)
             self._entries.done(ticket.tokens, now_s)
-            self._admit(self._forget(ticket))
+            request = self._forget(ticket, now_s)
+            self._count(request, Verdict.ADMITTED)
+            self._admit(request)
         self._queue_changed(queue)
 
     def _admit(self, request: RequestSlo) -> None:
@@ -193,9 +206,14 @@ class Door:
             if not part.over:
                 self._send(part)
 
-    def _forget(self, ticket: Ticket) -> RequestSlo:
+    def _count(self, request: RequestSlo, verdict: Verdict) -> None:
+        self.verdicts[request.slo_class.name, verdict] += 1
+
+    def _forget(self, ticket: Ticket, now_s: float) -> RequestSlo:
         """It waits no more."""
         request = self._owners.pop(ticket.number)
+        wait = self._waits[request]
+        self.waited_s[request.slo_class.name] += now_s - wait.since_s
         self._waits.pop(request).over.set()
         return request
 

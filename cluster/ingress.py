@@ -3,6 +3,7 @@
 import asyncio
 import time
 from argparse import Namespace
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -19,12 +20,13 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from cluster.api import build_api
-from cluster.api_metrics import MetricsEndpoint, stat_logger_in
+from cluster.api_metrics import IngressMetrics, MetricsEndpoint, stat_logger_in
 from cluster.app import ENGINE_DEPLOYMENT, ApiModel, model_app_name
 from cluster.config import ClusterConfig
 from cluster.core_client import ClusterCore
 from cluster.door import open_door
 from cluster.engine import ClusterEngine, check_upstream
+from cluster.ingress_peers import IngressPeers
 from cluster.model_table import ModelTable, ServedModel
 from cluster.registry_link import RegistryFollower
 from cluster.slo_layer import SloLayer
@@ -36,13 +38,24 @@ from replicas.replica import ReplicaInfo
 _SUCCESSOR_S, _AGAIN_S = 60.0, 0.2
 
 
-async def build_ingress(settings: ClusterConfig, replica_limit: int) -> tuple[ModelTable, SloLedger, Starlette]:
-    """The models of the registry, kept up to date while the application runs, how their requests fare, and the
-    application over them. Waits for the models that are served already.
+@dataclass(frozen=True)
+class Ingress:
+    """What one process holds: the models of the registry, kept up to date while the application runs, how their
+    requests fare, its metrics, and the application."""
+
+    table: ModelTable
+    ledger: SloLedger
+    metrics: IngressMetrics
+    api: Starlette
+
+
+async def build_ingress(settings: ClusterConfig, replica_limit: int, rank: int) -> Ingress:
+    """Waits for the models that are served already.
 
     Args:
         settings: its classes and its admission count here.
         replica_limit: requests that one replica takes at once.
+        rank: of this process among the ingress processes.
 
     Raises UpstreamChangedError for another vLLM than the supported one.
     """
@@ -50,9 +63,10 @@ async def build_ingress(settings: ClusterConfig, replica_limit: int) -> tuple[Mo
     table, ledger = ModelTable(lambda model: _serve(model, settings, replica_limit)), SloLedger()
     follower = RegistryFollower(table)
     await table.until_ready(await follower.first())
-    layer, metrics = SloLayer(settings.slo, ledger), MetricsEndpoint(table, ledger)
-    reports = SloReports(ledger, settings.http.ingress_replicas)
-    return table, ledger, build_api(table, layer, metrics, reports.read, follower.run)
+    peers, metrics = IngressPeers(settings.http.ingress_replicas), IngressMetrics(table, ledger, rank)
+    layer, reports = SloLayer(settings.slo, ledger), SloReports(ledger, peers)
+    api = build_api(table, layer, MetricsEndpoint(metrics, peers), reports.read, follower.run)
+    return Ingress(table, ledger, metrics, api)
 
 
 def vllm_args(model: ApiModel) -> Namespace:

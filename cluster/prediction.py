@@ -134,11 +134,12 @@ class PredictionError:
     alike.
 
     Attributes:
-        count: of predictions.
+        count: of predictions. predicted_s, actual_s: sums of what was predicted, and of what came.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self.predicted_s = self.actual_s = 0.0
         self._sum = 0.0
         self._absolute: list[float] = []
 
@@ -148,6 +149,8 @@ class PredictionError:
             return
         error = math.log(predicted_s / actual_s)
         self.count += 1
+        self.predicted_s += predicted_s
+        self.actual_s += actual_s
         self._sum += error
         # A reservoir of every k-th keeps the median exact enough without keeping all.
         if self.count % max(1, self.count // 10_000) == 0:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram
-from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from cluster.metrics import SLO_GOOD_TOKENS, SLO_KEPT, SLO_REQUESTS, SLO_TPOT, SLO_TTFT
 from cluster.slo import Ending, Outcome, SloAccount
+from memory_agent.metric import MetricSpec
 
 TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 TPOT_BUCKETS_S = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
@@ -31,8 +33,8 @@ class SloLedger(Collector):
         self.registry = CollectorRegistry()
         self._accounts: dict[str, SloAccount] = {}
         self._began_s = time.monotonic()
-        self._ttft = self._histogram("ttft", "from a request's arrival to its first token.", TTFT_BUCKETS_S)
-        self._tpot = self._histogram("tpot", "per output token after the first.", TPOT_BUCKETS_S)
+        self._ttft = self._histogram(SLO_TTFT, TTFT_BUCKETS_S)
+        self._tpot = self._histogram(SLO_TPOT, TPOT_BUCKETS_S)
         self.registry.register(self)
 
     def account(self, model: str) -> SloAccount:
@@ -43,9 +45,9 @@ class SloLedger(Collector):
         """Count a request that has ended."""
         self._accounts.setdefault(outcome.model, SloAccount()).add(outcome)
         if not math.isnan(outcome.ttft_s):
-            self._ttft.labels(outcome.slo_class, outcome.model).observe(outcome.ttft_s)
+            self._ttft.labels(outcome.model, outcome.slo_class).observe(outcome.ttft_s)
             if outcome.output_tokens > 1:
-                self._tpot.labels(outcome.slo_class, outcome.model).observe(outcome.tpot_s)
+                self._tpot.labels(outcome.model, outcome.slo_class).observe(outcome.tpot_s)
 
     def report(self) -> SloReport:
         """Over all models."""
@@ -54,28 +56,18 @@ class SloLedger(Collector):
     def collect(self) -> Iterable[Metric]:
         """The counters, read from the accounts when they are scraped. Each ending is there from the first request of
         its class on: Prometheus sees no increase in a counter that begins above 0."""
-        by = ["class", "model"]
-        requests = CounterMetricFamily(
-            "ellm_slo_requests", "Requests that have ended, by how they ended.", labels=[*by, "ending"]
-        )
-        kept = CounterMetricFamily("ellm_slo_kept", "Requests that kept every target.", labels=by)
-        tokens = CounterMetricFamily("ellm_slo_good_tokens", "Output tokens of requests that kept them.", labels=by)
+        made: list[Any] = [spec.family() for spec in (SLO_REQUESTS, SLO_KEPT, SLO_GOOD_TOKENS)]
+        requests, kept, tokens = made
         for model, account in self._accounts.items():
             for name, tally in account.by_class.items():
                 for ending in Ending:
-                    requests.add_metric([name, model, str(ending)], tally.endings[ending])
-                kept.add_metric([name, model], tally.kept)
-                tokens.add_metric([name, model], tally.good_tokens)
-        return [requests, kept, tokens]
+                    requests.add_metric([model, name, str(ending)], tally.endings[ending])
+                kept.add_metric([model, name], tally.kept)
+                tokens.add_metric([model, name], tally.good_tokens)
+        return made
 
-    def _histogram(self, name: str, what: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(
-            f"ellm_slo_{name}_seconds",
-            f"Time {what}",
-            ["class", "model"],
-            registry=self.registry,
-            buckets=buckets,
-        )
+    def _histogram(self, spec: MetricSpec, buckets: Sequence[float]) -> Histogram:
+        return Histogram(spec.name, spec.help, spec.labels, registry=self.registry, buckets=buckets)
 
 
 def merged(accounts: Iterable[SloAccount]) -> SloAccount:

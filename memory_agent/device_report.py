@@ -47,8 +47,8 @@ class DeviceReporter:
         )
 
 
-def sample_engine(tenant: Tenant, pressure_since_s: float) -> EngineReport:
-    """One engine as its row and the operating system show it now."""
+def sample_engine(tenant: Tenant, pressure_since_s: float = 0.0) -> EngineReport:
+    """One engine as its row and the operating system show it now. pressure_since_s: Unix time, 0 where nobody asks."""
     row = tenant.row
     lease = row.lease
     workers = row.workers

@@ -87,7 +87,7 @@ def test_a_deadline_ends_a_request_and_its_engines_work(http: httpx.Client, stre
         error = answer.json()["error"]
     assert (error["code"], "deadline of class hasty" in error["message"]) == (504, True)
     until(lambda: counts(http, "hasty").get("timed_out") == before + 1, "it is counted")
-    assert metric(http, f'ellm_requests_in_flight{{model_name="{NAME}"}}') == 0
+    assert metric(http, f'ellm_requests_in_flight{{model_name="{NAME}",ingress="0"}}') == 0
 
 
 def test_overload_is_refused_and_patience_is_answered(http: httpx.Client) -> None:
@@ -112,18 +112,18 @@ def test_overload_is_refused_and_patience_is_answered(http: httpx.Client) -> Non
         assert one.json()["error"]["message"].startswith("refused: ")
     new = {"requests": 24, "answered": len(answered), "rejected": len(refused)}
     until(lambda: {key: counts(http, "interactive")[key] - before.get(key, 0) for key in new} == new, "all are counted")
-    assert metric(http, f'ellm_requests_waiting{{model_name="{NAME}"}}') == 0
+    assert metric(http, f'ellm_requests_waiting{{model_name="{NAME}",ingress="0"}}') == 0
 
 
 def test_counts_are_metrics_too(http: httpx.Client) -> None:
     """An answer raises the counters of its class, of its model and of the replica that gave it."""
     lines = [
-        f'ellm_slo_requests_total{{class="interactive",ending="answered",model="{NAME}"}}',
-        f'ellm_slo_kept_total{{class="interactive",model="{NAME}"}}',
-        f'ellm_slo_ttft_seconds_count{{class="interactive",model="{NAME}"}}',
+        f'ellm_slo_requests_total{{model_name="{NAME}",class="interactive",ending="answered",ingress="0"}}',
+        f'ellm_slo_kept_total{{model_name="{NAME}",class="interactive",ingress="0"}}',
+        f'ellm_slo_ttft_seconds_count{{model_name="{NAME}",class="interactive",ingress="0"}}',
     ]
     before = [metric(http, line) for line in lines]
-    replicas = [f'ellm_slo_replica_requests_total{{engine="{n}",model_name="{NAME}"}}' for n in (0, 1)]
+    replicas = [f'ellm_slo_replica_requests_total{{model_name="{NAME}",engine="{n}",ingress="0"}}' for n in (0, 1)]
     by_replica = sum(metric(http, line) for line in replicas)
     assert ask(http, 2, "interactive").status_code == 200
     until(lambda: [metric(http, line) for line in lines] == [value + 1 for value in before], "it is counted")

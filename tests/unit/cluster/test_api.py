@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +18,15 @@ from vllm.entrypoints.launchers.app import build_app as build_vllm_app
 
 import cluster.api
 from cluster.api import build_api
-from cluster.api_metrics import CoreCollector, MergedRegistry, MetricsEndpoint
+from cluster.api_metrics import CoreCollector, IngressMetrics, MetricsEndpoint
 from cluster.api_routes import API_ROUTES, RouteState, routes_table
 from cluster.app import ApiModel
 from cluster.cluster_status import ControllerAwayError
 from cluster.config import SloClass
 from cluster.door import Door
 from cluster.ingress import vllm_args
+from cluster.ingress_peers import IngressPeers
+from cluster.metrics_text import text_families
 from cluster.model_table import ModelTable, ServedModel
 from cluster.models_api import RegistryAwayError
 from cluster.prediction import PredictionError
@@ -31,6 +34,7 @@ from cluster.slo_layer import SloLayer
 from cluster.slo_ledger import SloLedger
 from cluster.slo_reports import SloReports
 from replicas.spec import EngineSpec
+from tests.unit.cluster.vllm_front import no_controller
 
 
 def spec(name: str) -> EngineSpec:
@@ -96,8 +100,14 @@ async def client(*names: str) -> AsyncIterator[tuple[httpx.AsyncClient, ModelTab
     table.follow([ApiModel(spec(name), 1, None, None) for name in names])
     await table.until_ready(names)
     ledger = SloLedger()
-    layer, reports = SloLayer([SloClass()], ledger), SloReports(ledger, ingresses=1)
-    api = build_api(table, layer, MetricsEndpoint(table, ledger), reports.read, follow)
+    layer, reports = SloLayer([SloClass()], ledger), SloReports(ledger, IngressPeers(1))
+    api = build_api(
+        table,
+        layer,
+        MetricsEndpoint(IngressMetrics(table, ledger), IngressPeers(1), no_controller),
+        reports.read,
+        follow,
+    )
     async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://api") as http:
         yield http, table
     await table.close()
@@ -270,10 +280,10 @@ async def test_metrics_name_every_model(two: httpx.AsyncClient) -> None:
     answer = await two.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     for name in ("small", "large"):
-        assert f'ellm_replicas_reachable{{model_name="{name}"}} 1.0' in answer.text
-        assert f'ellm_predicted_ttft_error_ratio{{model_name="{name}"}} 1.0' in answer.text
-        assert f'ellm_requests_retried_total{{model_name="{name}"}} 3.0' in answer.text
-    assert "ellm_predicted_tpot_error_ratio{" not in answer.text  # nothing was predicted that can be compared
+        assert f'ellm_replicas_reachable{{model_name="{name}",ingress="0"}} 1.0' in answer.text
+        assert f'ellm_predicted_error_ratio{{model_name="{name}",latency="ttft",ingress="0"}} 1.0' in answer.text
+        assert f'ellm_requests_retried_total{{model_name="{name}",ingress="0"}} 3.0' in answer.text
+    assert 'latency="tpot",ingress="0"} nan' not in answer.text  # nothing was predicted that can be compared
 
 
 def test_equal_families_are_merged() -> None:
@@ -282,10 +292,9 @@ def test_equal_families_are_merged() -> None:
     for value, registry in enumerate(registries):
         Gauge("running", "Help.", ["model"], registry=registry).labels(f"m{value}").set(value)
         Counter("tokens", "Help.", ["model"], registry=registry).labels(f"m{value}").inc(value + 1)
-    families = {metric.name: metric for metric in MergedRegistry(registries).collect()}
-    assert {(s.labels["model"], s.value) for s in families["running"].samples} == {("m0", 0), ("m1", 1)}
-    totals = {s.labels["model"]: s.value for s in families["tokens"].samples if s.name == "tokens_total"}
-    assert totals == {"m0": 1, "m1": 2}
+    families = text_families(chain.from_iterable(registry.collect() for registry in registries))
+    assert families["running"][1] == 'running{model="m0"} 0.0\nrunning{model="m1"} 1.0\n'
+    assert families["tokens_total"][1] == 'tokens_total{model="m0"} 1.0\ntokens_total{model="m1"} 2.0\n'
 
 
 def test_our_metrics_start_with_our_name() -> None:

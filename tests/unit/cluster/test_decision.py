@@ -24,3 +24,4 @@ def test_only_so_many_are_kept() -> None:
     for number in range(5):
         log.add(Decision("scale", "m", str(number), ""), number)
     assert [one["action"] for one in log.last(10, "", 5.0)] == ["4", "3", "2"]
+    assert log.counts == {"scale": 5}, "those that are forgotten count on"

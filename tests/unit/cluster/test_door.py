@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.admission import AdmissionQueue, QueueLimits
+from cluster.admission import AdmissionQueue, QueueLimits, Verdict
 from cluster.bench.report import Slo
 from cluster.config import AdmissionConfig, SloClass
 from cluster.door import Door, open_door
@@ -212,6 +212,40 @@ def test_one_that_has_become_late_is_refused_while_it_waits() -> None:
         assert late.request.halt is not None and late.request.halt.status == 429
         assert patient.request.halt is None and at.waiting == 1
         at.close()
+
+    run_virtually(play())
+
+
+def test_the_door_counts_what_it_says() -> None:
+    """Who is let in at once, has to wait, is let in then, is refused at once and while it waits, by class, and how long
+    they have waited; one whose client goes has waited too, and hears nothing."""
+
+    async def play() -> None:
+        at = door(limits=QueueLimits(requests=2))
+        first, patient, hurried = Visitor(at), Visitor(at), Visitor(at, slo_class=CHAT)
+        await turn()
+        too_many = Visitor(at)
+        await turn()
+        assert at.verdicts == {
+            ("batch", Verdict.ADMITTED): 1,
+            ("batch", Verdict.QUEUED): 1,
+            ("chat", Verdict.QUEUED): 1,
+            ("batch", Verdict.REFUSED): 1,
+        }
+        await asyncio.sleep(3.0)
+        assert (at.verdicts["chat", Verdict.REFUSED], hurried.request.halt is not None) == (1, True)
+        assert 2.0 <= at.waited_s["chat"] <= 2.2
+        first.end()
+        leaver = Visitor(at)
+        await turn()
+        assert at.verdicts["batch", Verdict.ADMITTED] == 2 and patient.inside == [True]
+        assert at.waited_s["batch"] == pytest.approx(3.0)
+        await asyncio.sleep(1.0)
+        leaver.leave()
+        await turn()
+        assert at.waited_s["batch"] == pytest.approx(4.0)
+        assert (at.verdicts["batch", Verdict.ADMITTED], at.verdicts["batch", Verdict.QUEUED]) == (2, 2)
+        assert too_many.request.halt is not None
 
     run_virtually(play())
 

@@ -293,6 +293,27 @@ async def test_other_routes_need_no_promise(front: Open) -> None:
         assert answer.json()["tokens"] == [3, 4]
 
 
+async def test_clients_make_no_series(front: Open) -> None:
+    """Whatever names clients make up, of classes, models, users, there are no more series than after one request."""
+
+    def lines(text: str) -> set[str]:
+        return {line.rpartition(" ")[0] for line in text.splitlines() if line.startswith("ellm_")}
+
+    async with front(*[[5, "finish"]] * 4, places=2) as api:
+        await until(lambda: bool(api.core.replica_numbers))
+        await ask(api, user="user-0")
+        before = lines((await api.http.get("/metrics")).text)
+        for number in range(1, 4):
+            await ask(api, user=f"user-{number}", headers={"x-request-id": f"r-{number}"})
+            await ask(api, headers={"x-slo-class": f"class-{number}"})
+            await api.http.post("/v1/completions", json={"model": f"model-{number}", "prompt": "w3"})
+            await api.http.get(f"/path-{number}")
+        assert lines((await api.http.get("/metrics")).text) == before
+        assert (
+            f'ellm_admission_requests_total{{model_name="{MODEL}",class="chat",verdict="queued",ingress="0"}}' in before
+        )
+
+
 async def test_metrics_and_status_show_how_requests_fared(front: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counters by class, model and ending; histograms by class; a replica by its engine number; the account as JSON."""
     async with front([5, 6, "finish"]) as api:
@@ -302,15 +323,15 @@ async def test_metrics_and_status_show_how_requests_fared(front: Open, monkeypat
         await ask(api)
         text = (await api.http.get("/metrics")).text
         for line in (
-            f'ellm_slo_requests_total{{class="chat",ending="answered",model="{MODEL}"}} 1.0',
-            f'ellm_slo_requests_total{{class="chat",ending="timed_out",model="{MODEL}"}} 0.0',
-            f'ellm_slo_kept_total{{class="chat",model="{MODEL}"}} 1.0',
-            f'ellm_slo_good_tokens_total{{class="chat",model="{MODEL}"}} 2.0',
-            f'ellm_slo_ttft_seconds_count{{class="chat",model="{MODEL}"}} 1.0',
-            f'ellm_slo_tpot_seconds_count{{class="chat",model="{MODEL}"}} 1.0',
-            f'ellm_slo_replica_requests_total{{engine="{number}",model_name="{MODEL}"}} 1.0',
-            f'ellm_slo_replica_kept_total{{engine="{number}",model_name="{MODEL}"}} 1.0',
-            f'ellm_requests_waiting{{model_name="{MODEL}"}} 0.0',
-            f'ellm_requests_limit{{model_name="{MODEL}"}} 1.0',
+            f'ellm_slo_requests_total{{model_name="{MODEL}",class="chat",ending="answered",ingress="0"}} 1.0',
+            f'ellm_slo_requests_total{{model_name="{MODEL}",class="chat",ending="timed_out",ingress="0"}} 0.0',
+            f'ellm_slo_kept_total{{model_name="{MODEL}",class="chat",ingress="0"}} 1.0',
+            f'ellm_slo_good_tokens_total{{model_name="{MODEL}",class="chat",ingress="0"}} 2.0',
+            f'ellm_slo_ttft_seconds_count{{model_name="{MODEL}",class="chat",ingress="0"}} 1.0',
+            f'ellm_slo_tpot_seconds_count{{model_name="{MODEL}",class="chat",ingress="0"}} 1.0',
+            f'ellm_slo_replica_requests_total{{model_name="{MODEL}",engine="{number}",ingress="0"}} 1.0',
+            f'ellm_slo_replica_kept_total{{model_name="{MODEL}",engine="{number}",ingress="0"}} 1.0',
+            f'ellm_requests_waiting{{model_name="{MODEL}",ingress="0"}} 0.0',
+            f'ellm_requests_limit{{model_name="{MODEL}",ingress="0"}} 1.0',
         ):
             assert line in text

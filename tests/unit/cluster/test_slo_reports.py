@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-import cluster.slo_reports
+import cluster.ingress_peers
+from cluster.ingress_peers import IngressPeers
 from cluster.slo import SloAccount
 from cluster.slo_ledger import SloLedger, SloReport
 from cluster.slo_reports import SloReports
@@ -29,8 +30,8 @@ class FakeApi:
 
 
 def reports(monkeypatch: pytest.MonkeyPatch, answers: Callable[[], list[Any]], ingresses: int = 2) -> SloReports:
-    monkeypatch.setattr(cluster.slo_reports.serve, "get_deployment_handle", lambda *names: FakeApi(answers))
-    return SloReports(SloLedger(), ingresses)
+    monkeypatch.setattr(cluster.ingress_peers.serve, "get_deployment_handle", lambda *names: FakeApi(answers))
+    return SloReports(SloLedger(), IngressPeers(ingresses))
 
 
 async def test_all_that_answer_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,13 +20,16 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.usage.usage_lib import UsageContext
 
 from cluster.api import build_api
-from cluster.api_metrics import MetricsEndpoint
+from cluster.api_metrics import IngressMetrics, MetricsEndpoint
 from cluster.app import ApiModel
+from cluster.cluster_status import ControllerAwayError
+from cluster.cluster_view import ControllerMeasures
 from cluster.config import SloClass
 from cluster.core_client import ClusterCore
 from cluster.door import Door
 from cluster.engine import ClusterEngine
 from cluster.ingress import vllm_args
+from cluster.ingress_peers import IngressPeers
 from cluster.model_table import ModelTable, ServedModel
 from cluster.slo_layer import SloLayer
 from cluster.slo_ledger import SloLedger
@@ -88,8 +91,14 @@ class VllmServer:
         """An API of its own over replicas that play ``scripts``, with ``door`` in front of them."""
         core, ledger = self._table.routed[0].engine.engine_core, SloLedger()
         self._handle.scripts, self._handle.calls, core.door = list(scripts), [], door
-        layer, reports = SloLayer(classes, ledger), SloReports(ledger, ingresses=1)
-        api = build_api(self._table, layer, MetricsEndpoint(self._table, ledger), reports.read, _follow)
+        layer, reports = SloLayer(classes, ledger), SloReports(ledger, IngressPeers(1))
+        api = build_api(
+            self._table,
+            layer,
+            MetricsEndpoint(IngressMetrics(self._table, ledger), IngressPeers(1), no_controller),
+            reports.read,
+            _follow,
+        )
         async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://api") as http:
             yield Front(http, api, core, self._handle, ledger)
         await core.abort_requests_async(list(core._relays))
@@ -109,6 +118,10 @@ class VllmServer:
             self._handle.channels.close()
 
         return ServedModel(MODEL, engine, app, CollectorRegistry(), close)
+
+
+async def no_controller(timeout_s: float) -> ControllerMeasures:
+    raise ControllerAwayError("there is none")
 
 
 async def _follow() -> None:

@@ -43,7 +43,7 @@ def test_an_engine_that_does_not_give_back_is_overdue(
     with caplog.at_level(logging.INFO):
         clock.tick(TICKS, rows[1])
     assert level(keeper, 0) is PressureLevel.CRITICAL
-    assert sample_engine(keeper.tenants[0], 0.0).overdue_bytes == held - FLOOR
+    assert sample_engine(keeper.tenants[0]).overdue_bytes == held - FLOOR
     assert len([line for line in caplog.messages if "engine a has owed" in line]) == 1
     assert rows[1].lease.limit_bytes == BUDGET - held
     follow(rows[0])

@@ -60,11 +60,11 @@ def test_a_start_is_granted_as_a_greedy_neighbour_gives_back(keeper: LeaseKeeper
         neighbour.set(EngineWord.APPLIED_REVISION, neighbour.lease.revision)
         clock.tick(3)
         assert starting.lease.limit_bytes == BUDGET - held < START
-        assert sample_engine(keeper.tenants[1], 0.0).waits_to_start
+        assert sample_engine(keeper.tenants[1]).waits_to_start
         assert held_bytes(keeper) <= BUDGET
     clock.tick(3, neighbour)
     assert starting.lease.limit_bytes == START
-    assert not sample_engine(keeper.tenants[1], 0.0).waits_to_start
+    assert not sample_engine(keeper.tenants[1]).waits_to_start
 
 
 def test_what_the_start_took_is_lent_again(keeper: LeaseKeeper, clock: Clock) -> None:
@@ -76,7 +76,7 @@ def test_what_the_start_took_is_lent_again(keeper: LeaseKeeper, clock: Clock) ->
     appear(started, os.getpid())
     clock.tick(5, neighbour, started)
     assert neighbour.lease.limit_bytes == BUDGET - FLOOR
-    report = sample_engine(keeper.tenants[1], 0.0)
+    report = sample_engine(keeper.tenants[1])
     assert (report.start_bytes, report.weights_bytes, report.waits_to_start) == (0, WEIGHTS, False)
 
 
