@@ -19,6 +19,9 @@ endif
 .PHONY: serve setup test test-full lint format bench-overhead bench-elastic bench-simulator bench-slo bench-serving-path gpu-check helm clean
 .DEFAULT_GOAL := serve
 
+# grafana-client brings urllib3-future, whose wheel overwrites urllib3; built like this it lies beside it.
+KEEP_URLLIB3 := URLLIB3_NO_OVERRIDE=1
+
 serve: setup ## Serve the default model on 127.0.0.1:8000; ARGS are those of `ellm serve`
 	@exec $(BIN)/ellm serve $(ARGS)
 
@@ -29,7 +32,8 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@echo "Installing into $(VENV), and compiling what is installed: it makes every later start faster"
-	$(TORCH_FROM) VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(BIN)/uv pip install --quiet --compile-bytecode -e '.[$(EXTRA)]' --group dev
+	$(TORCH_FROM) $(KEEP_URLLIB3) VIRTUAL_ENV="$(CURDIR)/$(VENV)" \
+		$(BIN)/uv pip install --quiet --compile-bytecode --no-binary urllib3-future -e '.[$(EXTRA)]' --group dev
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 

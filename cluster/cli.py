@@ -22,6 +22,7 @@ from cluster.explain import explain
 from cluster.models_command import models_app
 from cluster.readiness import NoAnswer, read_status
 from cluster.simulator.command import plan, simulate
+from dashboards.command import dashboards_app
 
 if TYPE_CHECKING:
     from cluster.launcher import LocalCluster
@@ -38,6 +39,7 @@ model_app = typer.Typer(help="The default model.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(models_app, name="models")
 app.add_typer(deploy_app, name="deploy")
+app.add_typer(dashboards_app, name="dashboards")
 app.command()(bench)
 app.command()(explain)
 app.command()(simulate)
