@@ -7,6 +7,7 @@ from typing import Any
 # The SDK would rather have the newer schema, which older releases of Grafana do not read.
 from grafana_foundation_sdk.builders import dashboard as builders
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models import dashboard as models
 
 from dashboards.panel import DATASOURCE, Panel
@@ -85,6 +86,7 @@ class Board:
 
 def lost_keys(board: dict[str, Any]) -> list[str]:
     """Paths in a dashboard's JSON that Grafana's schema does not have: misspelt keys, which Grafana would ignore."""
+    register_default_plugins()  # without them the SDK takes any key of a query and of a panel's options
     back = json.loads(JSONEncoder().encode(models.Dashboard.from_json(json.loads(json.dumps(board)))))
     return list(_differences(board, back, ""))
 

@@ -17,19 +17,20 @@ from tests.unit.dashboards.promql_names import grouping_in, matchers_in, metrics
 DEVICE = 'node="n", device="cpu"'
 ENGINE = f'{DEVICE}, model_name="m", replica="r"'
 CLASS = 'model_name="m", class="chat", ingress="0"'
-STEPS = 2400
-"""Of 15 s: ten hours."""
+STEPS = 600
+"""Of a minute: ten hours."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Series by name, in promtool's notation from minute 0 on; at ``at`` the alert fires with these labels, or, where
-    there are none, no one does."""
+    """Series by name, in promtool's notation from minute 0 on, a number each ``step``; at ``at`` the alert fires with
+    these labels, or, where there are none, no one does."""
 
     alert: str
     series: dict[str, str]
     at: str
     labels: dict[str, str] | None
+    step: str = "15s"
 
 
 def slo(missed: int, of: int = 100) -> dict[str, str]:
@@ -58,13 +59,17 @@ ON_ENGINE = {**ON_DEVICE, "model_name": "m", "replica": "r"}
 OF_CLASS = {"model_name": "m", "class": "chat"}
 
 CASES = [
-    Case("EllmSloBurnFast", slo(missed=20), "90m", OF_CLASS),
-    Case("EllmSloBurnFast", slo(missed=10), "90m", None),
+    Case("EllmSloBurnFast", slo(missed=20), "90m", OF_CLASS, "1m"),
+    Case("EllmSloBurnFast", slo(missed=10), "90m", None, "1m"),
     Case(
-        "EllmSloBurnFast", {name: f"{line.rpartition('x')[0]}x240 _x400" for name, line in slo(20).items()}, "75m", None
+        "EllmSloBurnFast",
+        {name: f"{line.rpartition('x')[0]}x60 _x100" for name, line in slo(20).items()},
+        "75m",
+        None,
+        "1m",
     ),
-    Case("EllmSloBurnSlow", slo(missed=8), "9h", OF_CLASS),
-    Case("EllmSloBurnSlow", slo(missed=4), "9h", None),
+    Case("EllmSloBurnSlow", slo(missed=8), "9h", OF_CLASS, "1m"),
+    Case("EllmSloBurnSlow", slo(missed=4), "9h", None, "1m"),
     Case("EllmAway", {'up{job="ellm", instance="i"}': "0x40"}, "5m", {"job": "ellm", "instance": "i"}),
     Case("EllmAway", {'up{job="ellm", instance="i"}': "0 0 1 0 0 1x40"}, "5m", None),
     Case("EllmMemoryPressureStuck", {f"ellm_device_pressure{{{DEVICE}}}": "2x60"}, "12m", ON_DEVICE),
@@ -128,11 +133,11 @@ def test_an_alert_fires_when_it_should(case: Case, bare_rules: Path) -> None:
     if case.labels is not None:
         expected = [{"exp_labels": {"severity": rule.severity, **case.labels}}]
     test = {
-        "interval": "15s",
+        "interval": case.step,
         "input_series": [{"series": name, "values": values} for name, values in case.series.items()],
         "alert_rule_test": [{"eval_time": case.at, "alertname": case.alert, "exp_alerts": expected}],
     }
-    tests = {"rule_files": [str(bare_rules)], "evaluation_interval": "15s", "tests": [test]}
+    tests = {"rule_files": [str(bare_rules)], "evaluation_interval": case.step, "tests": [test]}
     file = bare_rules.with_name("test.yaml")
     file.write_text(yaml.safe_dump(tests), encoding="utf-8")
     promtool("test", "rules", str(file))
