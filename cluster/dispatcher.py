@@ -12,7 +12,7 @@ the load decides.
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from cluster.bench.report import Slo
@@ -22,6 +22,7 @@ from cluster.prefix_index import PrefixIndex
 from cluster.prompt_prefix import PREFIX_TOKENS
 from cluster.route import News, Route, RouteEvent, Standing
 from cluster.routing_policy import Load, PredictedLatency, Ranking, RouteRequest, RoutingPolicy
+from cluster.sessions import Sessions
 
 _UNKNOWN = RouteRequest(1)
 _PREFIX_BLOCKS = 4096
@@ -71,6 +72,7 @@ class Dispatcher:
             settings.routers,
             Slo(settings.ttft_ms, settings.tpot_ms),
         )
+        self._sessions = Sessions()
         self._news: News = News()
         self._standings: dict[str, Standing] = {}
         self._placed: dict[Route, int] = {}
@@ -96,7 +98,7 @@ class Dispatcher:
         """All replicas, best first; a route counts on the best of them from here on."""
         if not len(self.fleet):
             return []
-        request = route.request if route is not None else _UNKNOWN
+        request = self._at_home(route.request) if route is not None else _UNKNOWN
         policy = self._policy(now_s)
         ranking = policy.rank(request, self.fleet, now_s)
         order = ranking.order()
@@ -104,6 +106,7 @@ class Dispatcher:
             self._remove(route)
             self._place(route, order[0], ranking, now_s)
             policy.sent(request, order[0])
+            self._keep_session(route, self.fleet.ids[order[0]])
             route.chosen_s, route.sent_s, route.accepted_s = now_s, math.nan, math.nan
         return [self.fleet.ids[row] for row in order]
 
@@ -113,6 +116,7 @@ class Dispatcher:
         if row is not None and (route.replica is None or route.replica.replica_id != replica_id):
             self._remove(route)
             self._place(route, row, None, now_s)
+            self._keep_session(route, replica_id)
         route.sent_s = now_s
 
     def accepted(self, route: Route, now_s: float) -> None:
@@ -132,6 +136,16 @@ class Dispatcher:
         if standing is not None and row is not None:
             standing.silent_since_s = min(standing.silent_since_s, since_s)
             self.fleet.failed(row, now_s)
+
+    def _at_home(self, request: RouteRequest) -> RouteRequest:
+        """The request with the row of the replica that had its session, where that is there."""
+        home = self._sessions.replica(request.session) if request.session is not None else None
+        row = self.fleet.index.get(home) if home is not None else None
+        return request if row is None else replace(request, home=row)
+
+    def _keep_session(self, route: Route, replica_id: str) -> None:
+        if (session := route.request.session) is not None:
+            self._sessions.sent(session, replica_id)
 
     def _policy(self, now_s: float) -> RoutingPolicy:
         known = self._predicts and self._predictor is not None and self.fleet.fresh(now_s).any()

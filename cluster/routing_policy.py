@@ -24,6 +24,7 @@ from cluster.bench.report import Slo
 from cluster.fleet_view import Bools, FleetView, Floats
 from cluster.prediction import Predicted, Predictor, Traffic
 from cluster.prefix_index import PrefixIndex
+from cluster.sessions import Session
 from memory_agent.reports import PressureLevel
 
 PRESSURE_PENALTY = np.array([0.0, 4.0, 0.0])
@@ -33,6 +34,11 @@ WAITING_WEIGHT = 2.0
 SATURATED = 1e6
 """Added to the score of a replica that should get nothing while any other one can."""
 LEFT_OUT = 1e9
+HOME_REQUESTS = 8.0
+"""A session stays where it is until so many more requests are there than elsewhere, where latency is not predicted."""
+HOME = 1e3
+"""Taken off the score of a session's replica that is predicted to keep the request's targets: more than any cost to
+others, and less than what keeps requests from a replica that is not well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +47,15 @@ class RouteRequest:
 
     Attributes:
         prefix: ids of its prompt's prefix blocks; see ``cluster.prefix_index``.
+        session: that it belongs to.
+        home: row of the replica that had its session last.
     """
 
     prompt_tokens: int
     prefix: tuple[int, ...] = ()
     slo: Slo = field(default_factory=Slo)
+    session: Session | None = None
+    home: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +225,8 @@ class Load(_Blind):
         load = np.maximum(fleet.in_flight, reported) + PRESSURE_PENALTY[level]
         ties = 1e-3 * np.minimum(fleet.in_flight, 500.0) + 1e-4 * self._noise.random(len(fleet))
         last = SATURATED * (level == PressureLevel.CRITICAL) + LEFT_OUT * fleet.left_out(now_s)
-        last += SATURATED / 2 * _overlooked(self._noise, len(fleet), self._routers)
+        last += SATURATED / 2 * _overlooked(self._noise, len(fleet), self._routers, request.home)
+        last -= HOME_REQUESTS * _at_home(request, len(fleet))
         return Ranking(
             load + ties + last, lambda row: f"load {load[row]:.0f}, pressure {PressureLevel(level[row]).name}"
         )
@@ -265,7 +276,8 @@ class PredictedLatency:
         unfit = ~fleet.fresh(now_s) | (fleet.level == PressureLevel.CRITICAL)
         scores = own + others + SATURATED * unfit + LEFT_OUT * fleet.left_out(now_s)
         scores += 1e-9 * self._noise.random(len(fleet))
-        scores += SATURATED / 2 * _overlooked(self._noise, len(fleet), self._routers) * (hits <= 0)
+        scores += SATURATED / 2 * _overlooked(self._noise, len(fleet), self._routers, request.home) * (hits <= 0)
+        scores -= HOME * (_at_home(request, len(fleet)) & (ttft <= 1) & (tpot <= 1))
 
         def reason(row: int) -> str:
             return (
@@ -286,12 +298,22 @@ class PredictedLatency:
         return np.minimum(hits, request.prompt_tokens - 1.0)
 
 
-def _overlooked(noise: np.random.Generator, replicas: int, routers: int) -> Bools:
+def _at_home(request: RouteRequest, replicas: int) -> Bools:
+    """Which of the replicas had the request's session."""
+    at_home = np.zeros(replicas, dtype=bool)
+    if request.home is not None:
+        at_home[request.home] = True
+    return at_home
+
+
+def _overlooked(noise: np.random.Generator, replicas: int, routers: int, home: int | None) -> Bools:
     """Replicas that one of ``routers`` does not look at this time: each looks at its part, two at least, so that the
-    best one is found by one of them on average and not by all at once."""
+    best one is found by one of them on average and not by all at once; and at the request's ``home``."""
     overlooked = np.zeros(replicas, dtype=bool)
     if routers > 1:
         overlooked[noise.permutation(replicas)[max(2, -(-replicas // routers)) :]] = True
+        if home is not None:
+            overlooked[home] = False
     return overlooked
 
 
