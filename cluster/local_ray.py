@@ -8,8 +8,11 @@ import signal
 from cluster.footprint import Footprint
 from cluster.start_stages import PROCESS_ENVIRONMENT
 
-_CLEARED = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "VLLM_CPU_KVCACHE_SPACE")
-"""Each would overrule what the configuration says: another cluster, another token, another KV size."""
+_CLEARED = (
+    "RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ALLOW_INSECURE_SERIALIZATION"
+)  # fmt: skip
+"""Each would overrule what the configuration says: another cluster, another token, another KV size, pickles taken from
+the network."""
 
 
 def start_ray(footprint: Footprint, num_cpus: int, object_store_bytes: int) -> None:

@@ -283,6 +283,7 @@ class ModelKeeper:
     def _store(self, models: ModelSet) -> None:
         """Replace the set, in the file first: what is answered has been kept."""
         draft = self._path.with_name(f"{self._path.name}.new")
+        draft.touch(mode=0o600)
         draft.write_text(models.to_json(), encoding="utf-8")
         os.replace(draft, self._path)
         self.models = models

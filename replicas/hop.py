@@ -4,14 +4,18 @@
     replica -> ingress    lists of EngineCoreOutput, everything that was ready since the last list
 
 Both travel in vLLM's own msgpack form as a list of frames, so that whatever a release of vLLM puts into a request
-or an output crosses without being named here. Both sides must run the same release of vLLM.
+or an output crosses without being named here. Both sides must run the same release of vLLM. No pickle is taken from
+the other side: vLLM's decoder would do that only where VLLM_ALLOW_INSECURE_SERIALIZATION is set, which is refused here.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+from vllm import envs
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from memory_agent.errors import SettingsError
 
 Frames = list[bytes]
 TTFT_TARGET_ARG, TPOT_TARGET_ARG = "slo_ttft_ms", "slo_tpot_ms"
@@ -23,6 +27,9 @@ class HopCodec:
     """Encodes and decodes both directions. Not thread-safe: one a process and event loop."""
 
     def __init__(self) -> None:
+        """Raises SettingsError where the environment makes vLLM unpickle what comes."""
+        if envs.VLLM_ALLOW_INSECURE_SERIALIZATION:
+            raise SettingsError("VLLM_ALLOW_INSECURE_SERIALIZATION lets whoever sends outputs run code here: unset it")
         self._encoder = MsgpackEncoder()
         self._request_decoder = MsgpackDecoder(EngineCoreRequest)
         self._outputs_decoder = MsgpackDecoder(list[EngineCoreOutput])

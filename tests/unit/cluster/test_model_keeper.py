@@ -271,6 +271,7 @@ async def test_a_restart_loses_nothing(keeper: ModelKeeper, fleet: FakeFleet, tm
     fleet.in_flight = {"a": 1}
     keeper.remove("a")
     known = keeper.models
+    assert (tmp_path / "models.json").stat().st_mode & 0o777 == 0o600
     fleet.keeper = again = ModelKeeper(tmp_path / "models.json", ModelSet(), ClusterConfig(), fleet)
     assert again.models == known
     await settle(again)

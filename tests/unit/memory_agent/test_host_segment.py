@@ -431,3 +431,22 @@ def test_copies_in_threads_do_not_mix(segment: HostSegment) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_nothing_of_a_block_is_left_for_the_next(segment: HostSegment, path: Path) -> None:
+    """A slot that was released holds zeros. One that was written anew is read as the new block alone: not under the old
+    key, nor in the old length."""
+    segment.write(0, key(1), block(1))
+    segment.write(1, key(2), block(2))
+    content = b"".join(piece.tobytes() for piece in block(1))
+    assert content[:64] in path.read_bytes()
+    segment.release([0])
+    kept = path.read_bytes()
+    assert all(piece.tobytes() not in kept for piece in block(1))
+    assert any(piece.tobytes() in kept for piece in block(2)), "it can be seen in the file"
+    short = [np.full(8, 7, np.uint8)]
+    segment.write(1, key(3), short)
+    for wanted in (key(2), key(3)):
+        assert not segment.read_into(1, wanted, room())
+    assert not segment.read_into(1, key(2), [np.zeros(8, np.uint8)])
+    assert segment.read_into(1, key(3), short)

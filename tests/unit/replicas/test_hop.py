@@ -1,12 +1,21 @@
 """What crosses between ingress and replica comes out as it went in."""
 
+import os
+import pickle
+from pathlib import Path
+
+import msgspec
 import numpy as np
+import pytest
 import torch
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
+from memory_agent.errors import SettingsError
 from replicas.hop import HopCodec
+
+BOMB = Path()
 
 
 def test_request_survives_the_hop() -> None:
@@ -59,3 +68,27 @@ def test_outputs_survive_the_hop() -> None:
     np.testing.assert_array_equal(crossed[0].new_logprobs.logprobs, small.logprobs)
     assert crossed[1].new_prompt_logprobs_tensors is not None
     assert torch.equal(crossed[1].new_prompt_logprobs_tensors.logprobs, large.logprobs)
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(BOMB),)
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_pickles_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """What would run code where it is unpickled is an error, wherever it stands in a message; with the setting that
+    makes vLLM take it there is no codec at all."""
+    monkeypatch.setattr(f"{__name__}.BOMB", tmp_path / "run")
+    bomb = msgspec.msgpack.Ext(code, pickle.dumps(_Bomb()))
+    for value in (bomb, [bomb], [["r", [1], bomb]], [["r", bomb]]):
+        data = [msgspec.msgpack.encode(value)]
+        with pytest.raises((msgspec.MsgspecError, NotImplementedError)):
+            HopCodec().decode_outputs(data)
+        with pytest.raises((msgspec.MsgspecError, NotImplementedError)):
+            HopCodec().decode_request(data)
+    pickle.loads(bomb.data)
+    assert (tmp_path / "run").is_dir(), "it would have"
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    with pytest.raises(SettingsError, match="unset it"):
+        HopCodec()
