@@ -22,8 +22,11 @@ from replicas.replica import EngineReplica
 from replicas.spec import EngineSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ray.serve.handle import DeploymentHandle
 
+    from cluster.api_key import ApiKey
     from cluster.config import ClusterConfig, ModelConfig
     from cluster.metrics_text import TextFamilies
     from cluster.model_plan import IngressState
@@ -81,9 +84,15 @@ def model_app_name(model: str) -> str:
     return MODEL_APPS + quote(model, safe="")
 
 
-def build_api_app(config: "ClusterConfig", control: serve.Application | None = None) -> serve.Application:
-    """The API over all models of the registry; of ``config`` it takes what is not a model's. control: the deployment
-    that starts the registry, where it is one of this application (``cluster.serve_app``)."""
+def build_api_app(
+    config: "ClusterConfig", control: serve.Application | None = None, own_keys: "Sequence[ApiKey]" = ()
+) -> serve.Application:
+    """The API over all models of the registry; of ``config`` it takes what is not a model's.
+
+    Args:
+        control: the deployment that starts the registry, where it is one of this application (``cluster.serve_app``).
+        own_keys: beside those of the keys file.
+    """
     ingress = serve.deployment(
         name=API_DEPLOYMENT,
         num_replicas=config.http.ingress_replicas,
@@ -94,7 +103,7 @@ def build_api_app(config: "ClusterConfig", control: serve.Application | None = N
         logging_config=_QUIET,
         ray_actor_options={"num_cpus": REPLICA_CPUS},
     )(ApiIngress)
-    return ingress.bind(config, control)
+    return ingress.bind(config, control, own_keys)
 
 
 def routing_settings(config: "ClusterConfig") -> RoutingSettings:
@@ -168,17 +177,23 @@ class ApiIngress:
     every model that the cluster serves already."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, config: "ClusterConfig", control: "DeploymentHandle[Any] | None" = None
+        self,
+        config: "ClusterConfig",
+        control: "DeploymentHandle[Any] | None" = None,
+        own_keys: "Sequence[ApiKey]" = (),
     ) -> None:
         """Must run on the event loop that will serve requests, as Ray Serve does it. Raises OSError where nothing can
         listen at its address."""
-        from cluster.http_server import HttpServer
+        from cluster.http_server import Certificate, HttpServer
         from cluster.ingress import build_ingress
 
         if control is not None:
             await control.started.remote()
-        self._ingress = await build_ingress(config, REPLICA_REQUEST_LIMIT, serve.get_replica_context().rank.rank)
-        self._server = HttpServer(self._ingress.api, config.http.host, config.http.port, INGRESS_REQUEST_LIMIT, DRAIN_S)
+        rank = serve.get_replica_context().rank.rank
+        self._ingress = await build_ingress(config, REPLICA_REQUEST_LIMIT, rank, own_keys)
+        http, api = config.http, self._ingress.api
+        certificate = Certificate(http.ssl_certfile, http.ssl_keyfile) if http.ssl_certfile is not None else None
+        self._server = HttpServer(api, http.host, http.port, INGRESS_REQUEST_LIMIT, DRAIN_S, http.limits, certificate)
         await self._server.start()
 
     async def model_state(self) -> "IngressState":

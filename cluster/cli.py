@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from cluster.api_client import KEY_VARIABLE
 from cluster.bench.command import bench
 from cluster.config import ClusterConfig, ModelConfig
 from cluster.config_file import ConfigError, example_config, load_config, validated
 from cluster.default_model import DefaultModelError, get_default_model
 from cluster.deploy.command import deploy_app
 from cluster.explain import explain
+from cluster.keys_command import keys_app
 from cluster.models_command import models_app
 from cluster.readiness import NoAnswer, read_status
 from cluster.simulator.command import plan, simulate
@@ -40,6 +42,7 @@ app.add_typer(model_app, name="model")
 app.add_typer(models_app, name="models")
 app.add_typer(deploy_app, name="deploy")
 app.add_typer(dashboards_app, name="dashboards")
+app.add_typer(keys_app, name="keys")
 app.command()(bench)
 app.command()(explain)
 app.command()(simulate)
@@ -189,7 +192,7 @@ def _serve(settings: ClusterConfig) -> NoReturn:
     _interrupt_on_signals(cluster)
     try:
         cluster.start()
-        typer.echo(_welcome(cluster.url, settings.models[0]))
+        typer.echo(_welcome(cluster.url, settings.models[0], settings.auth.keys_file is not None))
         cluster.wait()
     except LaunchError as error:
         typer.echo(f"error: {error}", err=True)
@@ -230,15 +233,17 @@ def _show(snapshot: dict[str, Any], as_json: bool, clear: bool) -> None:
     console.print(render_status(snapshot))
 
 
-def _welcome(url: str, model: ModelConfig) -> str:
+def _welcome(url: str, model: ModelConfig, asks_for_key: bool) -> str:
+    show_key = f"-H 'Authorization: Bearer '${KEY_VARIABLE} " if asks_for_key else ""
+    key = f'os.environ["{KEY_VARIABLE}"]' if asks_for_key else '"none"'
     return f"""
 Serving {model.name} at {url}/v1. Try it:
 
-  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+  curl {url}/v1/chat/completions {show_key}-H 'Content-Type: application/json' \\
     -d '{{"model": "{model.name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
 
   from openai import OpenAI
-  client = OpenAI(base_url="{url}/v1", api_key="none")
+  client = OpenAI(base_url="{url}/v1", api_key={key})
   answer = client.chat.completions.create(model="{model.name}", messages=[{{"role": "user", "content": "Hello!"}}])
   print(answer.choices[0].message.content)
 

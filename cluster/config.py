@@ -3,7 +3,8 @@
     ClusterConfig
     +-- models: list[ModelConfig]     what is served, and by how many replicas
     +-- memory: MemoryConfig          KV bytes that the engines of one device share
-    +-- http: HttpConfig              where the OpenAI API listens
+    +-- http: HttpConfig              where the OpenAI API listens, and what clients may send
+    +-- auth: AuthConfig              who may use it
     +-- slo: list[SloClass]           latency targets
     +-- admission: AdmissionConfig    who waits in front of the replicas, who is refused
     +-- routing: RoutingConfig        how a replica is chosen for a request
@@ -14,11 +15,21 @@ where they have one. Values are strict: text is not taken for a number. "auto" a
 follow from the model and the machine (``cluster.sizing``).
 """
 
+import os
 import re
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 
 from cluster.default_model import DEFAULT_MODEL_NAME
 
@@ -62,6 +73,11 @@ def parse_size(value: object) -> object:
     if match is None or match[2] not in _UNITS:
         raise ValueError('should be a size such as "512MiB" or "2GiB" (KB, MB, GB, TB count in thousands), or "auto"')
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _absolute(path: str) -> str:
+    """Of a path from here: other processes have other working directories."""
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _auto(value: object) -> object:
@@ -238,16 +254,66 @@ class MemoryConfig(_Section):
     least two KV blocks."""
 
 
+class HttpLimits(_Section):
+    """What clients may send to the API, and how slowly."""
+
+    max_body_bytes: int = Field(default=8 << 20, ge=1024)
+    """Most bytes of a request's body; more are refused with 413."""
+    max_header_bytes: int = Field(default=64 << 10, ge=1024)
+    """Most bytes of a request's head; a longer one ends the connection."""
+    max_sequences: int = Field(default=128, ge=1)
+    """Most answers of one request: prompts times n."""
+    header_timeout_s: float = Field(default=30.0, gt=0)
+    """How long a request's head may take, from the connection or its first byte on."""
+    body_timeout_s: float = Field(default=120.0, gt=0)
+    """How long a request's body may take."""
+    write_timeout_s: float = Field(default=60.0, gt=0)
+    """How long a client may read nothing of an answer that waits for it; then the connection is ended, and with it the
+    request."""
+
+
 class HttpConfig(_Section):
     """Where the OpenAI API listens."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
-    """Address to listen on; 0.0.0.0 for all. There is no authentication: put a gateway in front before opening it."""
+    """Address to listen on; 0.0.0.0 for all. Another one than this host's own (127.0.0.1) needs API keys, see auth."""
     port: int = Field(default=8000, ge=1, le=65535)
     """TCP port of the API, /health, /metrics and /ellm/status."""
     ingress_replicas: int = Field(default=1, ge=1, le=64)
     """Processes that tokenise, route and stream; those of a host share the port. One is right up to a few thousand
     tokens a second."""
+    ssl_certfile: Annotated[str, Field(min_length=1), AfterValidator(_absolute)] | None = None
+    """PEM file with the server's certificate and those that lead to its authority. The API then takes TLS alone. null:
+    no TLS."""
+    ssl_keyfile: Annotated[str, Field(min_length=1), AfterValidator(_absolute)] | None = None
+    """PEM file with the certificate's key. null: it is in ssl_certfile."""
+    limits: HttpLimits = Field(default_factory=HttpLimits)
+    """What clients may send, and how slowly."""
+
+    @model_validator(mode="after")
+    def _key_has_certificate(self) -> Self:
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError("ssl_keyfile is of no use without ssl_certfile: name the certificate's file too")
+        return self
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this host can reach the API."""
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+class AuthConfig(_Section):
+    """Who may use the API."""
+
+    keys_file: Annotated[str, Field(min_length=1), AfterValidator(_absolute)] | None = None
+    """File with the API keys, on every node that runs an ingress; `ellm keys create` adds one. It is read again when it
+    changes. null: no keys, and anybody who reaches the API may use it."""
+    allow_open: bool = False
+    """true: listen on an address that others can reach though there are no keys, as behind a gateway that asks for its
+    own."""
 
 
 class SloClass(_Section):
@@ -313,6 +379,8 @@ class ClusterConfig(_Section):
     """KV memory of one device."""
     http: HttpConfig = Field(default_factory=HttpConfig)
     """The API server."""
+    auth: AuthConfig = Field(default_factory=AuthConfig)
+    """Who may use the API."""
     slo: list[SloClass] = Field(default_factory=lambda: [SloClass(sheddable=False)], min_length=1)
     """Latency targets by class. Left out: one class, of which nobody is refused for being late, or held back for the
     others' TPOT."""
@@ -328,6 +396,16 @@ class ClusterConfig(_Section):
         for what, names in (("models", [m.name for m in self.models]), ("slo", [s.name for s in self.slo])):
             if twice := next((name for name in names if names.count(name) > 1), None):
                 raise ValueError(f"two entries of {what} are named {twice!r}: give each its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _closed_to_strangers(self) -> Self:
+        if not (self.http.is_local or self.auth.keys_file or self.auth.allow_open):
+            raise ValueError(
+                f"http.host {self.http.host} can be reached from other hosts, and there are no API keys: make one with "
+                "`ellm keys create` and set auth.keys_file, or set auth.allow_open: true behind a gateway that asks "
+                "for keys of its own, or listen on 127.0.0.1"
+            )
         return self
 
 

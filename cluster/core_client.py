@@ -49,6 +49,7 @@ from cluster.prompt_prefix import prefix_ids, prompt_length
 from cluster.request_slo import CURRENT, Part
 from cluster.route import Route
 from cluster.routing_policy import RouteRequest
+from cluster.tenancy import tenant_salt
 from replicas.channel_wire import InboxAddress
 from replicas.hop import TPOT_TARGET_ARG, TTFT_TARGET_ARG, HopCodec
 from replicas.replica import ReplicaInfo, ReplicaStats
@@ -180,12 +181,15 @@ class ClusterCore:
         """Start relaying ``request``. Its outputs, errors among them, come out of ``get_output_async``."""
         if request.resumable or request.request_id in self._relays:
             raise VLLMValidationError("input that arrives in several parts does not work on a cluster of replicas yet")
+        owner = CURRENT.get()
+        if owner is not None and owner.is_known:
+            request.cache_salt = tenant_salt(owner.tenant, request.cache_salt)
         part = Part(len(request.prompt_token_ids or ()), partial(self._stop, request.request_id))
         relay = self._relays[request.request_id] = Relay(request, part)
         # A context of its own: Ray Serve would otherwise cancel the call with whatever request of its own happens to be
         # current here, beside the abort that vLLM sends anyway.
         relay.task = asyncio.get_running_loop().create_task(self._relay(relay), context=contextvars.Context())
-        if (owner := CURRENT.get()) is not None:
+        if owner is not None:
             owner.add(part)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
@@ -315,7 +319,9 @@ class ClusterCore:
         """Run the request, or what is left of it, on one replica. Returns what ended it early; None where it has
         finished."""
         request = continued(relay.request, relay.token_ids)
-        asks = RouteRequest(prompt_length(request), prefix_ids(request), slo)
+        owner = relay.part.request
+        session = (owner.tenant, owner.session) if owner is not None and owner.session else None
+        asks = RouteRequest(prompt_length(request), prefix_ids(request), slo, session)
         relay.ticket, relay.route = next(self._tickets), Route(asks)
         relay.fault, relay.given_up = None, False
         relay.attempts, relay.base = relay.attempts + 1, len(relay.token_ids)

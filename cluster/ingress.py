@@ -3,7 +3,9 @@
 import asyncio
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -20,13 +22,17 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from cluster.api import build_api
+from cluster.api_key import ApiKey
 from cluster.api_metrics import IngressMetrics, MetricsEndpoint, stat_logger_in
 from cluster.app import ENGINE_DEPLOYMENT, ApiModel, model_app_name
-from cluster.config import ClusterConfig
+from cluster.auth_layer import AuthLayer
+from cluster.body_limits import BodyLimits
+from cluster.config import ClusterConfig, HttpLimits
 from cluster.core_client import ClusterCore
 from cluster.door import open_door
 from cluster.engine import ClusterEngine, check_upstream
 from cluster.ingress_peers import IngressPeers
+from cluster.key_ring import KeyRing
 from cluster.model_table import ModelTable, ServedModel
 from cluster.registry_link import RegistryFollower
 from cluster.slo_layer import SloLayer
@@ -49,24 +55,48 @@ class Ingress:
     api: Starlette
 
 
-async def build_ingress(settings: ClusterConfig, replica_limit: int, rank: int) -> Ingress:
+async def build_ingress(
+    settings: ClusterConfig, replica_limit: int, rank: int, own_keys: Sequence[ApiKey] = ()
+) -> Ingress:
     """Waits for the models that are served already.
 
     Args:
         settings: its classes and its admission count here.
         replica_limit: requests that one replica takes at once.
         rank: of this process among the ingress processes.
+        own_keys: API keys beside those of the keys file, where there is one.
 
-    Raises UpstreamChangedError for another vLLM than the supported one.
+    Raises UpstreamChangedError for another vLLM than the supported one, KeyFileError for a keys file that cannot be
+    used.
     """
     check_upstream()
+    keys = _keys(settings, own_keys)
     table, ledger = ModelTable(lambda model: _serve(model, settings, replica_limit)), SloLedger()
     follower = RegistryFollower(table)
     await table.until_ready(await follower.first())
     peers, metrics = IngressPeers(settings.http.ingress_replicas), IngressMetrics(table, ledger, rank)
     layer, reports = SloLayer(settings.slo, ledger), SloReports(ledger, peers)
-    api = build_api(table, layer, MetricsEndpoint(metrics, peers), reports.read, follower.run)
+
+    async def follow() -> None:
+        await asyncio.gather(follower.run(), *([keys.follow()] if keys is not None else []))
+
+    api = build_api(table, layer, MetricsEndpoint(metrics, peers), reports.read, follow)
+    guard(api, settings.http.limits, keys)
     return Ingress(table, ledger, metrics, api)
+
+
+def guard(api: Starlette, limits: HttpLimits, keys: KeyRing | None) -> None:
+    """Put the layers in front that look at who sends what. Keys come first: of a stranger no body is read."""
+    api.add_middleware(BodyLimits, max_body_bytes=limits.max_body_bytes, max_sequences=limits.max_sequences)
+    if keys is not None:
+        api.add_middleware(AuthLayer, keys=keys)
+
+
+def _keys(settings: ClusterConfig, own_keys: Sequence[ApiKey]) -> KeyRing | None:
+    if settings.auth.keys_file is None:
+        return None
+    names = [one.name for one in settings.slo]
+    return KeyRing(Path(settings.auth.keys_file), names, settings.http.ingress_replicas, own_keys)
 
 
 def vllm_args(model: ApiModel) -> Namespace:

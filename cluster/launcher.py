@@ -22,7 +22,7 @@ from cluster.default_model import DefaultModelError
 from cluster.device import HOST, Device, device_environment, find_device
 from cluster.footprint import Footprint, remove_leftovers
 from cluster.launch_error import LaunchError, keep_logs, root_cause
-from cluster.preflight import check_platform, check_port
+from cluster.preflight import check_http, check_platform, check_port
 from cluster.readiness import answer_once
 from cluster.sizing import Sizing
 from cluster.start_stages import (
@@ -35,6 +35,9 @@ from cluster.start_stages import (
     start_control,
 )
 from memory_agent.errors import SettingsError
+
+if TYPE_CHECKING:
+    from cluster.api_key import ApiKey
 
 _POLL_S = 0.5
 _SAY_AGAIN_S = 15.0
@@ -65,8 +68,10 @@ class LocalCluster:
         self.footprint: Footprint | None = None
         self.interruptible = True
         host = config.http.host
-        self.url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{config.http.port}"
+        scheme = "http" if config.http.ssl_certfile is None else "https"
+        self.url = f"{scheme}://{'127.0.0.1' if host == '0.0.0.0' else host}:{config.http.port}"
         self._report = report
+        self._key, self._key_record = _own_key(config)
         self._undo: list[tuple[str, Callable[[], None]]] = []
 
     def __enter__(self) -> Self:
@@ -100,7 +105,8 @@ class LocalCluster:
                 self.footprint.note_segments()
             with self._stage("ready") as say:
                 for model in self.config.models:
-                    say(f"{model.name} answers: {answer_once(self.url, model.name)!r}")
+                    answer = answer_once(self.url, model.name, self._key, self.config.http.ssl_certfile)
+                    say(f"{model.name} answers: {answer!r}")
         except BaseException:  # Ctrl-C too
             self.stop()
             raise
@@ -149,6 +155,7 @@ class LocalCluster:
         for cluster_id in remove_leftovers():
             say(f"removed files that the killed cluster {cluster_id} had left")
         check_port(self.config.http.host, self.config.http.port)
+        check_http(self.config)
         check_platform()
         self.device = find_device()
         os.environ.update(device_environment(self.device))  # and so of every process that this one starts
@@ -171,7 +178,7 @@ class LocalCluster:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._undo.append(("replicas and API", _end_applications))
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
-        target = serve.RunTarget(build_api_app(self.config), name=APP_NAME, route_prefix=None)
+        target = serve.RunTarget(build_api_app(self.config, self._key_record), name=APP_NAME, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
         self._wait_until_serving(registry, say)
 
@@ -198,6 +205,16 @@ class LocalCluster:
 
     def _logs(self) -> Path | None:
         return keep_logs(self.footprint.folder) if self.footprint else None
+
+
+def _own_key(config: ClusterConfig) -> tuple[str | None, "tuple[ApiKey, ...]"]:
+    """A key for this process alone, with which it sees that models answer; none where the cluster asks for none."""
+    if config.auth.keys_file is None:
+        return None, ()
+    from cluster.api_key import new_key
+
+    text, record = new_key(tenant="ellm-serve")
+    return text, (record,)
 
 
 def _run_while(lives: Callable[[], bool], work: Callable[[], None], timeout_s: float) -> None:

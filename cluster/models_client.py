@@ -5,8 +5,9 @@ from urllib.parse import quote
 
 import httpx
 
+from cluster.api_client import CredentialsError, api_client
 from cluster.config import ModelConfig
-from cluster.readiness import NoAnswer, no_cluster
+from cluster.readiness import NoAnswer, key_refused, no_cluster
 
 _TIMEOUT_S = 30.0
 
@@ -50,7 +51,10 @@ class ModelsClient:
     def _call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
         url = f"{self._url}/ellm/models{path}"
         try:
-            answer = httpx.request(method, url, json=body, timeout=_TIMEOUT_S, trust_env=False)
+            with api_client(_TIMEOUT_S) as client:
+                answer = client.request(method, url, json=body)
+        except CredentialsError as error:
+            raise NoAnswer(str(error)) from error
         except httpx.HTTPError as error:
             raise no_cluster(self._url, error) from error
         try:
@@ -59,6 +63,8 @@ class ModelsClient:
             content = None
         if answer.is_success and isinstance(content, dict):
             return content
+        if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            raise NoAnswer(key_refused(self._url, answer))
         try:
             reason = str(content["error"]["message"])
         except (TypeError, KeyError) as error:

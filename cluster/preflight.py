@@ -3,12 +3,15 @@
 import errno
 import os
 import socket
+import ssl
 import sys
 from pathlib import Path
 
 import psutil
 
+from cluster.config import ClusterConfig
 from cluster.device import HOST
+from cluster.key_file import read_keys
 from memory_agent.errors import SettingsError
 
 
@@ -57,6 +60,31 @@ def check_port(host: str, port: int) -> None:
                 f"port {port} on {host} is taken{_listener(port)}; choose another with --port"
             ) from error
         raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}; use --host 127.0.0.1") from error
+
+
+def check_http(config: ClusterConfig) -> None:
+    """Raises SettingsError where the API's keys or its certificate cannot be used."""
+    if config.auth.keys_file is not None:
+        path = Path(config.auth.keys_file)
+        if os.environ.get("VLLM_API_KEY"):
+            raise SettingsError("VLLM_API_KEY would be asked for beside the keys of auth.keys_file: unset it")
+        if not read_keys(path, [one.name for one in config.slo]):
+            raise SettingsError(
+                f"the keys file {path} has no key, so nobody could use the API: `ellm keys create --file {path} "
+                "--tenant NAME` makes one"
+            )
+    http = config.http
+    if http.ssl_certfile is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(http.ssl_certfile, http.ssl_keyfile, _no_password)
+        except (OSError, ValueError) as error:
+            raise SettingsError(
+                f"http.ssl_certfile {http.ssl_certfile} and http.ssl_keyfile {http.ssl_keyfile} cannot be used: {error}"
+            ) from error
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted; give one that is not, readable by this user alone")
 
 
 def _listener(port: int) -> str:

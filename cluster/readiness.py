@@ -4,6 +4,8 @@ from typing import Any
 
 import httpx
 
+from cluster.api_client import KEY_FILE_VARIABLE, KEY_VARIABLE, CredentialsError, api_client
+
 _ANSWER_TIMEOUT_S = 60.0
 _STATUS_TIMEOUT_S = 5.0
 
@@ -22,11 +24,15 @@ def no_cluster(url: str, error: httpx.HTTPError) -> NoAnswer:
     )
 
 
-def answer_once(url: str, model: str) -> str:
-    """One short completion by ``model``. Raises NoAnswer where the API refuses it."""
+def answer_once(url: str, model: str, key: str | None = None, certfile: str | None = None) -> str:
+    """One short completion by ``model``. ``key``, ``certfile``: see ``cluster.api_client``. Raises NoAnswer where the
+    API refuses it."""
     body = {"model": model, "prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
     try:
-        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=_ANSWER_TIMEOUT_S, trust_env=False)
+        with api_client(_ANSWER_TIMEOUT_S, key, certfile) as client:
+            answer = client.post(f"{url}/v1/completions", json=body)
+    except CredentialsError as error:
+        raise NoAnswer(str(error)) from error
     except httpx.HTTPError as error:
         raise NoAnswer(f"{url} did not answer a completion: {error or type(error).__name__}") from error
     if answer.status_code != 200:
@@ -46,16 +52,29 @@ def read_decisions(url: str, count: int, subject: str) -> list[dict[str, Any]]:
     return decisions
 
 
+def key_refused(url: str, answer: httpx.Response) -> str:
+    """What to say where the cluster does not take the key, or the lack of one."""
+    return (
+        f"{url} wants an API key with the scope admin (status {answer.status_code}): put one into {KEY_VARIABLE}, or "
+        f"the path of a file with it into {KEY_FILE_VARIABLE}"
+    )
+
+
 def _read(url: str, path: str, params: dict[str, str], shape: type) -> Any:
     """The JSON at that path, which is to be of that shape."""
     try:
-        answer = httpx.get(f"{url.rstrip('/')}{path}", params=params, timeout=_STATUS_TIMEOUT_S, trust_env=False)
+        with api_client(_STATUS_TIMEOUT_S) as client:
+            answer = client.get(f"{url.rstrip('/')}{path}", params=params)
+    except CredentialsError as error:
+        raise NoAnswer(str(error)) from error
     except httpx.HTTPError as error:
         raise no_cluster(url, error) from error
     try:
         value = answer.json()
     except ValueError:
         value = None
+    if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        raise NoAnswer(key_refused(url, answer))
     if answer.status_code != 200 or not isinstance(value, shape):
         raise NoAnswer(
             f"{url} answers, but not as an ellm cluster (status {answer.status_code}); is another server on that port?"

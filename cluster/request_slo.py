@@ -72,6 +72,8 @@ class RequestSlo:
     Attributes:
         slo: its targets: those of its class but for what its headers say.
         tenant: whose it is, once its body has been read.
+        is_known: an API key has said so.
+        session: whose replica it should go to again; empty for none.
         admitted: it may go to a replica.
         halt: why the cluster has ended it, where it has.
     """
@@ -80,6 +82,8 @@ class RequestSlo:
     slo: Slo
     arrived_s: float
     tenant: str = ""
+    is_known: bool = False
+    session: str = ""
     admitted: bool = False
     halt: Stop | None = None
     parts: list[Part] = field(default_factory=list)
@@ -88,6 +92,11 @@ class RequestSlo:
     def prompt_tokens(self) -> int:
         """Of all parts that there are so far."""
         return sum(part.prompt_tokens for part in self.parts)
+
+    @property
+    def tokens(self) -> int:
+        """Of prompts and answers, so far."""
+        return sum(part.prompt_tokens + part.tokens for part in self.parts)
 
     @property
     def due_s(self) -> float:

@@ -13,7 +13,7 @@ instead. This relies on ASGI, on tasks inheriting context variables, and on vLLM
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -22,12 +22,17 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.api_errors import error_answer
+from cluster.auth_layer import caller_of
 from cluster.config import SloClass
+from cluster.key_ring import Caller
 from cluster.request_slo import CURRENT, RequestSlo, Stop
 from cluster.slo import CLASS_HEADER, TPOT_HEADER, TTFT_HEADER, Ending, SloHeaderError, request_targets
 from cluster.slo_ledger import SloLedger
 
 TENANT_HEADER = "x-tenant-id"
+SESSION_HEADER = "x-session-id"
+"""As Ray Serve names it."""
+SESSION_MOST = 256
 PATHS = frozenset(
     {
         "/v1/completions",
@@ -41,7 +46,11 @@ PATHS = frozenset(
 """Of requests that engines answer."""
 _NAMED_EVENTS = ("/v1/responses", "/v1/messages")
 """Their streams have a name for each event, and no [DONE]."""
-_HEADERS = {name.encode(): name for name in (CLASS_HEADER, TTFT_HEADER, TPOT_HEADER, TENANT_HEADER)}
+_HEADERS = {name.encode(): name for name in (CLASS_HEADER, TTFT_HEADER, TPOT_HEADER, TENANT_HEADER, SESSION_HEADER)}
+
+
+class ClassForbidden(Exception):
+    """The key of a request is not for the class that it names; the message says which classes are."""
 
 
 class SloLayer:
@@ -55,21 +64,32 @@ class SloLayer:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
             await app(scope, receive, send)
             return
-        headers = _known(scope["headers"])
+        headers, caller = _known(scope["headers"]), caller_of(scope)
         try:
+            if caller is not None:
+                _apply_key(headers, caller)
             slo_class, slo = request_targets(self._classes, headers)
+            session = _session(headers)
         except SloHeaderError as error:
             await error_answer(str(error), HTTPStatus.BAD_REQUEST)(scope, receive, send)
             return
-        request = RequestSlo(slo_class, slo, time.monotonic(), headers.get(TENANT_HEADER, ""))
+        except ClassForbidden as error:
+            await error_answer(str(error), HTTPStatus.FORBIDDEN)(scope, receive, send)
+            return
+        tenant = headers.get(TENANT_HEADER, "")
+        request = RequestSlo(slo_class, slo, time.monotonic(), tenant, caller is not None, session)
         exchange = _Exchange(request, receive, send)
         timer = _start_timer(request)
         token = CURRENT.set(request)
+        if caller is not None:
+            caller.quota.begins(request)
         try:
             await app(scope, exchange.receive, exchange.send)
             await exchange.finish(scope)
         finally:
             CURRENT.reset(token)
+            if caller is not None:
+                caller.quota.ends(request, time.monotonic())
             if timer is not None:
                 timer.cancel()
             if (ending := exchange.ending()) is not None:
@@ -160,6 +180,27 @@ def _start_timer(request: RequestSlo) -> asyncio.TimerHandle | None:
 
 def _known(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
     return {_HEADERS[name]: value.decode("latin-1") for name, value in headers if name in _HEADERS}
+
+
+def _apply_key(headers: dict[str, str], caller: Caller) -> None:
+    """Let the key say whose the request is, and of which class where the request does not. Raises ClassForbidden."""
+    key = caller.key
+    headers[TENANT_HEADER] = key.tenant
+    name = headers.get(CLASS_HEADER, key.default_class)
+    if name is None:
+        return
+    if not key.allows_class(name):
+        allowed = ", ".join(key.slo_classes or ())
+        raise ClassForbidden(f"key {key.id} is not for requests of class {name[:100]!r}, but for {allowed}")
+    headers[CLASS_HEADER] = name
+
+
+def _session(headers: Mapping[str, str]) -> str:
+    """Raises SloHeaderError for one that is too long."""
+    session = headers.get(SESSION_HEADER, "")
+    if len(session) > SESSION_MOST:
+        raise SloHeaderError(f"{SESSION_HEADER} has {len(session)} characters; give at most {SESSION_MOST}")
+    return session
 
 
 class _Head(msgspec.Struct):

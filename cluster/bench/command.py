@@ -27,7 +27,9 @@ _DEFAULT_OUTPUT_LEN = 128
 def bench(
     base_url: Annotated[str, typer.Option(help="The server's address.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="Model to ask.", show_default="the first of /v1/models")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key of the API.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar=["ELLM_API_KEY", "OPENAI_API_KEY"], help="Key of the API.")
+    ] = None,
     endpoint: Annotated[Literal["completions", "chat"], typer.Option(help="Route of the API.")] = "completions",
     request_rate: Annotated[
         float | None,

@@ -7,15 +7,19 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from cluster.api_client import known_key
+from cluster.api_key import find_key
 from cluster.cli import app
 from cluster.config import ClusterConfig
 from cluster.config_file import load_config
+from cluster.key_file import read_keys
 
 Checkpoint = Callable[..., Path]
 
@@ -147,15 +151,90 @@ def test_a_taken_port_is_refused(checkpoint: Checkpoint) -> None:
         (["CHECKPOINT", "--max-model-len", "4096"], "model", "at most 2048"),
         (["CHECKPOINT", "--budget", "1MiB"], "memory", "raise it to"),
         (["CHECKPOINT", "--budget", "9000TiB"], "memory", "lower it to at most"),
-        (["CHECKPOINT", "--host", "no.such.host.invalid"], "check", "--host 127.0.0.1"),
     ],
 )
 def test_a_start_that_cannot_work_is_refused(
     checkpoint: Checkpoint, arguments: list[str], stage: str, said: str
 ) -> None:
-    """Unknown model, context too long, too small or too large a budget, bad host: the stage, the cause, the remedy."""
+    """Unknown model, context too long, too small or too large a budget: the stage, the cause, the remedy."""
     folder = str(checkpoint())
     code, text = serve(*(folder if a == "CHECKPOINT" else a for a in arguments), "--port", str(free_port()))
     assert code == 1
     assert f"error: {stage}: " in text and said in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("http: {host: no.such.host.invalid}\nauth: {allow_open: true}", "check: no address for the host"),
+        ("auth: {keys_file: /no/keys.yaml}", "check: there is no keys file /no/keys.yaml; `ellm keys create"),
+        ("http: {ssl_certfile: /no/cert.pem}", "check: http.ssl_certfile /no/cert.pem"),
+        ("http: {host: 0.0.0.0}", "there are no API keys"),
+    ],
+)
+def test_an_api_that_cannot_be_offered_is_refused(
+    checkpoint: Checkpoint, tmp_path: Path, settings: str, said: str
+) -> None:
+    """A host without an address, a missing keys file or certificate, and an open address without keys: before anything
+    is started."""
+    file = tmp_path / "cluster.yaml"
+    file.write_text(settings)
+    code, text = serve(str(checkpoint()), "--config", str(file), "--port", str(free_port()))
+    assert (code, said in text, "Traceback" in text) == (1, True, False), text
+
+
+def test_keys_are_made_shown_and_revoked(tmp_path: Path) -> None:
+    """The text of a key is printed once, alone on standard output, and is nowhere else; ids are for the rest."""
+    file = str(tmp_path / "keys.yaml")
+    arguments = ["keys", "create", "--tenant", "acme", "--scope", "admin", "--class", "a", "--requests-per-min", "3"]
+    made = CliRunner().invoke(app, [*arguments, "--expires-days", "1", "--file", file])
+    assert made.exit_code == 0, made.output
+    text = made.stdout.strip()
+    assert find_key({key.id: key for key in read_keys(Path(file))}, text.encode(), datetime.now(UTC))
+    code, shown = ellm("keys", "list", "--file", file, "--json")
+    [key] = json.loads(shown)
+    assert (code, key["tenant"], key["scopes"], key["slo_class"], key["requests_per_min"]) == (
+        0,
+        "acme",
+        ["admin"],
+        "a",
+        3,
+    )
+    assert text not in shown
+    assert "acme" in ellm("keys", "list", "--file", file)[1]
+    code, said = ellm("keys", "revoke", "nobody", "--file", file)
+    assert (code, key["id"] in said) == (1, True)
+    assert ellm("keys", "revoke", key["id"], "--file", file)[0] == 0
+    assert ellm("keys", "list", "--file", file, "--json")[1].strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["create", "--tenant", "a b"], "tenant"), (["create", "--tenant", "a", "--tokens-per-min", "0"], "tokens_per_min"),
+        (["create", "--tenant", "a", "--expires-days", "1e9"], "too long"), (["list"], "ellm keys create"),
+        (["create", "--tenant", "a", "--file", "/no/such/folder/keys"], "make it first"),
+    ],
+)  # fmt: skip
+def test_keys_that_cannot_be_made_are_told(tmp_path: Path, arguments: list[str], said: str) -> None:
+    """The reason, and nothing is written."""
+    file = [] if "--file" in arguments else ["--file", str(tmp_path / "keys.yaml")]
+    code, text = ellm("keys", *arguments, *file)
+    assert (code, said in text, "Traceback" in text) == (1, True, False), text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_commands_say_which_key_they_need(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Refused by the cluster, they name the variables; a key of the environment, or of a file, is shown to it."""
+    for arguments in (["status"], ["explain"], ["models", "list"], ["models", "remove", "m"]):
+        with answering(401, "{}") as url:
+            code, text = ellm(*arguments, "--url", url)
+        assert (code, "ELLM_API_KEY" in text and "scope admin" in text) == (1, True), text
+    assert known_key({"ELLM_API_KEY": "k"}) == "k"
+    (tmp_path / "key").write_text("from file\n")
+    assert known_key({"ELLM_API_KEY_FILE": str(tmp_path / "key")}) == "from file"
+    monkeypatch.setenv("ELLM_API_KEY_FILE", str(tmp_path / "none"))
+    for arguments in (["status"], ["models", "list"]):
+        code, text = ellm(*arguments, "--url", "http://127.0.0.1:1")
+        assert (code, "ELLM_API_KEY_FILE names" in text) == (1, True), text

@@ -24,12 +24,13 @@ from cluster.api_metrics import IngressMetrics, MetricsEndpoint
 from cluster.app import ApiModel
 from cluster.cluster_status import ControllerAwayError
 from cluster.cluster_view import ControllerMeasures
-from cluster.config import SloClass
+from cluster.config import HttpLimits, SloClass
 from cluster.core_client import ClusterCore
 from cluster.door import Door
 from cluster.engine import ClusterEngine
-from cluster.ingress import vllm_args
+from cluster.ingress import guard, vllm_args
 from cluster.ingress_peers import IngressPeers
+from cluster.key_ring import KeyRing
 from cluster.model_table import ModelTable, ServedModel
 from cluster.slo_layer import SloLayer
 from cluster.slo_ledger import SloLedger
@@ -86,9 +87,14 @@ class VllmServer:
 
     @asynccontextmanager
     async def front(
-        self, scripts: Sequence[Sequence[Step]], classes: Sequence[SloClass], door: Door
+        self,
+        scripts: Sequence[Sequence[Step]],
+        classes: Sequence[SloClass],
+        door: Door,
+        keys: KeyRing | None = None,
+        limits: HttpLimits | None = None,
     ) -> AsyncIterator[Front]:
-        """An API of its own over replicas that play ``scripts``, with ``door`` in front of them."""
+        """An API of its own over replicas that play ``scripts``, with ``door`` in front of them; asks for ``keys``."""
         core, ledger = self._table.routed[0].engine.engine_core, SloLedger()
         self._handle.scripts, self._handle.calls, core.door = list(scripts), [], door
         layer, reports = SloLayer(classes, ledger), SloReports(ledger, IngressPeers(1))
@@ -99,6 +105,7 @@ class VllmServer:
             reports.read,
             _follow,
         )
+        guard(api, limits or HttpLimits(), keys)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://api") as http:
             yield Front(http, api, core, self._handle, ledger)
         await core.abort_requests_async(list(core._relays))
