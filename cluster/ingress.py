@@ -33,6 +33,7 @@ from cluster.door import open_door
 from cluster.engine import ClusterEngine, check_upstream
 from cluster.ingress_peers import IngressPeers
 from cluster.key_ring import KeyRing
+from cluster.malformed import answer_malformed
 from cluster.model_table import ModelTable, ServedModel
 from cluster.registry_link import RegistryFollower
 from cluster.slo_layer import SloLayer
@@ -128,6 +129,7 @@ async def _serve(model: ApiModel, settings: ClusterConfig, replica_limit: int) -
     engine = ClusterEngine(config, core, [stat_logger_in(registry)])
     tasks = await engine.get_supported_tasks()
     app = build_vllm_app(args, tasks, engine.model_config)
+    answer_malformed(app)
     await init_app_state(engine, app.state, args, tasks)
     return ServedModel(model.spec.model_name, engine, app, registry, handle.shutdown_async)
 

@@ -271,7 +271,8 @@ async def test_prompts_and_keys_are_not_logged(front: Open, keys: Keys, caplog: 
     secret = "w9 w9 w9 w9 w9"
     wrong: list[dict[str, Any]] = [
         {}, {"n": secret}, {"max_tokens": secret}, {"prompt": {"a": secret}}, {"temperature": -1}, {"logprobs": 999},
-        {"guided_json": secret}, {"stream": True}, {"stop": [secret], "max_tokens": 100_000}, {"response_format": secret},
+        {"guided_json": secret}, {"stream": True}, {"stop": [secret], "max_tokens": 100_000},
+        {"response_format": secret},
     ]  # fmt: skip
     vllm = logging.getLogger("vllm")  # it does not pass on what it logs
     vllm.addHandler(caplog.handler)

@@ -31,6 +31,7 @@ from cluster.engine import ClusterEngine
 from cluster.ingress import guard, vllm_args
 from cluster.ingress_peers import IngressPeers
 from cluster.key_ring import KeyRing
+from cluster.malformed import answer_malformed
 from cluster.model_table import ModelTable, ServedModel
 from cluster.slo_layer import SloLayer
 from cluster.slo_ledger import SloLedger
@@ -119,6 +120,7 @@ class VllmServer:
         await core.open("127.0.0.1")
         engine, args = ClusterEngine(config, core, []), vllm_args(model)
         app = build_app(args, ("generate",), engine.model_config)
+        answer_malformed(app)
         await init_app_state(engine, app.state, args, ("generate",))
 
         async def close() -> None:
