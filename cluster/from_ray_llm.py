@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from cluster.config import HttpConfig
 from cluster.config_file import ConfigError, validated
 from cluster.ray_llm_file import Tree, check_llm_config, read_file, runtime_env_changes
 
@@ -32,7 +33,7 @@ _SERVER_ARGS = {
     "default_chat_template_kwargs": "send chat_template_kwargs with a request",
 }
 _REFUSED_ARGS = {
-    "api_key": "the API asks for no key: put a gateway in front that does, and remove this one",
+    "api_key": "keys are in a file of their own: `ellm keys create` makes one, auth.keys_file names it",
     "lora_modules": "LoRA adapters are not loaded on replicas yet; without this key the model itself is served",
 }
 _UNSET_ARGS = {
@@ -111,7 +112,14 @@ class _Reader:
         self._models: list[Tree] = []
 
     def tree(self) -> Tree:
-        return {"models": self._models} | ({"http": self._http} if self._http else {})
+        tree: Tree = {"models": self._models} | ({"http": self._http} if self._http else {})
+        if "host" in self._http and not HttpConfig(host=self._http["host"]).is_local:
+            tree["auth"] = {"allow_open": True}
+            self._changes.append(
+                f"auth.allow_open: true, because others reach {self._http['host']} and Ray Serve asks for no keys; "
+                "better make some with `ellm keys create` and set auth.keys_file"
+            )
+        return tree
 
     def model(self, config: Tree, at: str) -> None:
         """Take over one LLMConfig."""

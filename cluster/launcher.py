@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from cluster.config import ClusterConfig
 from cluster.default_model import DefaultModelError
@@ -178,7 +178,8 @@ class LocalCluster:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._undo.append(("replicas and API", _end_applications))
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
-        target = serve.RunTarget(build_api_app(self.config, self._key_record), name=APP_NAME, route_prefix=None)
+        api = build_api_app(self.config, own_keys=self._key_record)
+        target = serve.RunTarget(api, name=APP_NAME, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
         self._wait_until_serving(registry, say)
 

@@ -33,9 +33,14 @@ def render(name: str, config: ClusterConfig, settings: DeploySettings) -> list[M
 
 def notes(config: ClusterConfig, settings: DeploySettings) -> list[str]:
     """What the operator should know of these objects, one line each."""
-    lines = ["the API listens on all addresses of its pod and asks for no key: the NetworkPolicy says who reaches it"]
-    if not settings.network_policy.enabled:
-        lines[0] = "the API listens on all addresses of its pod, asks for no key, and no NetworkPolicy guards it"
+    if keys := config.auth.keys_file:
+        lines = [f"{keys} has to be in every worker's pod: mount a Secret there (worker.volumes, worker.volumeMounts)"]
+    elif settings.network_policy.enabled:
+        lines = [
+            "the API listens on all addresses of its pod and asks for no key: the NetworkPolicy says who reaches it"
+        ]
+    else:
+        lines = ["the API listens on all addresses of its pod, asks for no key, and no NetworkPolicy guards it"]
     for model in config.models:
         if looks_like_path(model.source):
             lines.append(f"{model.name}: the folder {model.source} has to be in every worker's pod (storage.claimName)")

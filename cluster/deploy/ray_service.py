@@ -63,9 +63,11 @@ def labels(name: str, component: str | None = None) -> dict[str, str]:
 
 def serve_config(config: ClusterConfig) -> dict[str, Any]:
     """What Ray Serve is told, a ServeDeploySchema: the configuration, but that the API listens on all addresses of its
-    pod. Raises ConfigError where it does not fit that."""
+    pod, where the NetworkPolicy guards it if there are no keys. Raises ConfigError where it does not fit that."""
     args: dict[str, Any] = config.model_dump(exclude_unset=True)
     args["http"] = {**args.get("http", {}), "host": "0.0.0.0", "port": config.http.port}
+    if config.auth.keys_file is None:
+        args["auth"] = {**args.get("auth", {}), "allow_open": True}
     validated(args, "the configuration with an API that listens on all addresses")
     application = {"name": APP_NAME, "route_prefix": None, "import_path": IMPORT_PATH, "args": args}
     return {"proxy_location": "Disabled", "applications": [application]}

@@ -49,8 +49,9 @@ async def api(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Front]:
 
 async def ask(api: Front, method: str, path: str, **content: Any) -> httpx.Response:
     api.handle.calls.clear()
-    async with asyncio.timeout(DEADLINE_S):
-        return await api.http.request(method, path, **content)
+    transport = httpx.ASGITransport(api.api, raise_app_exceptions=False)
+    async with asyncio.timeout(DEADLINE_S), httpx.AsyncClient(transport=transport, base_url="http://api") as http:
+        return await http.request(method, path, **content)
 
 
 values = st.one_of(
@@ -123,17 +124,10 @@ async def test_the_api_keeps_to_its_own_description(api: Front) -> None:
             operation = found.ok()
         except InvalidSchema:
             continue
-        cases: list[Any] = []
-
-        @settings(QUIET, max_examples=60)
-        @given(operation.as_strategy())
-        def draw(case: Any, kept: list[Any] = cases) -> None:
-            kept.append(case)
-
-        draw()
-        for case in cases:
+        for case in _drawn(operation.as_strategy()):
             request = case.as_transport_kwargs(base_url="http://api")
-            request.pop("cookies", None)
+            if isinstance(body := request.get("json"), dict) and body.get("use_beam_search"):
+                continue  # it needs log probabilities, which played replicas do not send
             try:
                 answer = await ask(api, **_sendable(request))
             except (TypeError, ValueError, httpx.InvalidURL):  # cannot be put into a request
@@ -141,6 +135,19 @@ async def test_the_api_keeps_to_its_own_description(api: Front) -> None:
             if answer.status_code >= 500 and not _is_deliberate(answer):
                 broken.append(f"{request}: {answer.status_code} {answer.text[:300]}")
     assert not broken, "\n".join(broken[:10])
+
+
+def _drawn(strategy: st.SearchStrategy[Any]) -> list[Any]:
+    """Cases of an operation. Sent afterwards: hypothesis runs no coroutine inside a loop that runs."""
+    cases: list[Any] = []
+
+    @settings(QUIET, max_examples=60)
+    @given(strategy)
+    def draw(case: Any) -> None:
+        cases.append(case)
+
+    draw()
+    return cases
 
 
 def _sendable(request: dict[str, Any]) -> dict[str, Any]:

@@ -64,15 +64,25 @@ def objects(values: dict[str, Any], config: str = MODELS) -> dict[str, Any]:
 @pytest.mark.parametrize("case", VALUES)
 def test_every_object_is_valid(case: str) -> None:
     """The pods of the RayService and the others by Kubernetes' own schemas, without room for a misspelt key, and the
-    configuration in it is the one that was given, but for where the API listens."""
+    configuration in it is the one that was given, but for where the API listens, without keys."""
     manifests = render("chat", parse_config(MODELS, "test"), settings(VALUES[case]))
     for manifest in manifests[1:]:
         check_object(manifest)
     found = check_ray_service(manifests[0])
     given = parse_config(MODELS, "test")
     assert found.http.host == "0.0.0.0"
-    assert found.model_dump(exclude={"http"}) == given.model_dump(exclude={"http"})
+    assert found.model_dump(exclude={"http", "auth"}) == given.model_dump(exclude={"http", "auth"})
+    assert found.auth.allow_open
     assert found.http.port == given.http.port
+
+
+def test_keys_close_the_api() -> None:
+    """With a keys file nothing is left open, and the operator is told that the pods need it."""
+    config = parse_config("auth: {keys_file: /keys/keys.yaml}", "test")
+    (service, *_) = render("chat", config, settings({}))
+    found = check_ray_service(service)
+    assert (found.auth.keys_file, found.auth.allow_open) == ("/keys/keys.yaml", False)
+    assert any("/keys/keys.yaml has to be in every worker's pod" in line for line in notes(config, settings({})))
 
 
 @pytest.mark.parametrize("case", VALUES)

@@ -96,6 +96,7 @@ def test_a_serve_configuration(tmp_path: Path) -> None:
     assert config.models[1].source == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert config.models[1].tool_call_parser == "hermes" and config.models[1].replicas == 3
     assert (config.http.host, config.http.port, config.http.ingress_replicas) == ("0.0.0.0", 9000, 2)
+    assert config.auth.allow_open and any(line.startswith("auth.allow_open: true") for line in found.changes)
     assert "ingress_deployment_config.autoscaling_config.max_replicas" in "\n".join(found.changes)
     assert any(line.startswith("llm_configs[0].accelerator_type") for line in found.changes)
 
@@ -133,7 +134,7 @@ def test_every_key_of_an_llm_config_is_kept_named_or_refused(tmp_path: Path) -> 
         ("deployment_config: {num_replicas: many}", "ray.serve.llm refuses"),
         ("engine_kwarg: {}", "ray.serve.llm refuses.*engine_kwarg"),
         ("engine_kwargs: {max_model_length: 5}", "ray.serve.llm refuses.*max_model_length"),
-        ("engine_kwargs: {api_key: [secret]}", "api_key: the API asks for no key"),
+        ("engine_kwargs: {api_key: [secret]}", "api_key: keys are in a file of their own"),
         ("accelerator_type: TPU-V6E", "accelerator_type: TPUs are not supported"),
         ("placement_group_config: {bundles: [{TPU: 4}]}", "placement_group_config: TPUs are not supported"),
         ("model_loading_config: {model_id: a, model_source: 'gs://bucket/m'}", "download gs://bucket/m to a folder"),

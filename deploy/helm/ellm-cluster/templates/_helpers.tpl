@@ -62,6 +62,9 @@ app.kubernetes.io/component: {{ . }}
 {{- define "ellm.serveConfig" -}}
 {{- $listen := dict "host" "0.0.0.0" "port" (include "ellm.port" . | int) -}}
 {{- $args := mergeOverwrite (deepCopy .Values.cluster) (dict "http" $listen) -}}
+{{- if not (get (.Values.cluster.auth | default dict) "keys_file") -}}
+{{- $args = mergeOverwrite $args (dict "auth" (dict "allow_open" true)) -}}
+{{- end -}}
 proxy_location: Disabled
 applications:
   - name: ellm
