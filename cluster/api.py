@@ -1,7 +1,9 @@
 """The HTTP API of the cluster: vLLM's own server for each model, behind one small ASGI application.
 
     /health /metrics /ellm/status     answered here
+    /ellm/live                        the state as it changes, for all who watch (``cluster.live_feed``)
     /ellm/decisions                   what the controller decided lately (``cluster.decisions_api``)
+    /ui                               the live page (``cluster.page``)
     /ellm/models                      models added, removed and limited (``cluster.models_api``)
     routes that do not work yet       refused here, in OpenAI's error form
     /v1/models                        all models
@@ -27,10 +29,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.api_errors import error_answer, no_such_model
 from cluster.api_metrics import MetricsEndpoint
 from cluster.api_routes import API_ROUTES, RouteState
-from cluster.cluster_status import ControllerAwayError, read_snapshot
+from cluster.cluster_status import ControllerAwayError, read_decisions, read_snapshot
 from cluster.decisions_api import decision_routes
+from cluster.live_feed import LiveFeed
 from cluster.model_table import ModelTable, ServedModel
 from cluster.models_api import RegistryAwayError, model_routes, read_models
+from cluster.page import page_routes
 from cluster.scrape_targets import target_routes
 from cluster.slo_layer import SloLayer
 from cluster.slo_ledger import SloReport, to_json
@@ -38,6 +42,8 @@ from cluster.slo_ledger import SloReport, to_json
 WAKE_TIMEOUT_S = 120.0
 """A request waits for the first replica of a model so long, at most."""
 WAKE_RETRY_S = 15
+_DECISIONS_SHOWN = 30
+"""On the live page."""
 ALL_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
@@ -66,20 +72,25 @@ def build_api(
         lists = [await model.app.state.openai_serving_models.show_available_models() for model in table.routed]
         return JSONResponse({"object": "list", "data": [card.model_dump() for cards in lists for card in cards.data]})
 
-    async def status(request: Request) -> Response:
+    async def collect() -> dict[str, Any]:
         """The controller's snapshot, with the registry's models, how requests have fared, and how far this process's
-        predictions are off; 503 with the reason where the controller is away. ``models`` is null where the registry
-        is."""
-        try:
-            snapshot = await read_snapshot()
-        except ControllerAwayError as error:
-            return error_answer(str(error), HTTPStatus.SERVICE_UNAVAILABLE)
+        predictions are off. ``models`` is None where the registry is away. Raises ControllerAwayError."""
+        snapshot = await read_snapshot()
         try:
             models = await read_models()
         except RegistryAwayError:
             models = None
         told = {"models": models, "slo": to_json(await reports()), "predictions": _predictions(table)}
-        return JSONResponse(snapshot | told)
+        return snapshot | told
+
+    async def status(request: Request) -> Response:
+        """What ``collect`` says; 503 with the reason where the controller is away."""
+        try:
+            return JSONResponse(await collect())
+        except ControllerAwayError as error:
+            return error_answer(str(error), HTTPStatus.SERVICE_UNAVAILABLE)
+
+    feed = LiveFeed(collect, lambda: read_decisions(_DECISIONS_SHOWN, ""))
 
     @asynccontextmanager
     async def lifespan(api: Starlette) -> AsyncIterator[None]:
@@ -88,6 +99,7 @@ def build_api(
             yield
         finally:
             following.cancel()
+            await feed.close()
             await table.close()
 
     routes: list[Route | Mount] = [
@@ -95,6 +107,8 @@ def build_api(
         Route("/metrics", metrics.__call__),
         *target_routes(),
         Route("/ellm/status", status),
+        feed.route(),
+        *page_routes(),
         *decision_routes(),
         *model_routes(),
         *(_refusal(route.path, route.note) for route in API_ROUTES if route.state is RouteState.NOT_YET),

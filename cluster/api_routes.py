@@ -38,6 +38,8 @@ _WORKS: dict[str, str] = {
     "/metrics": "Prometheus metrics of the whole cluster: vLLM's and ours",
     "/metrics/targets": "what Prometheus has to scrape, for its HTTP service discovery",
     "/ellm/status": "state of the cluster as JSON",
+    "/ellm/live": "the same as it changes, as server-sent events: what the live page draws",
+    "/ui /ui/ /ui/{name}": "the live page",
     "/ellm/decisions": "the controller's last decisions, with what it saw and why",
     "/ellm/models /ellm/models/{name}": "models listed, added (POST), removed (DELETE), limited (PATCH) while it runs",
     "/load /version": "requests inside this API process; vLLM's release",
