@@ -24,6 +24,7 @@ from cluster.keys_command import keys_app
 from cluster.models_command import models_app
 from cluster.readiness import NoAnswer, read_status
 from cluster.simulator.command import plan, simulate
+from cluster.top import top
 from dashboards.command import dashboards_app
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ app.command()(bench)
 app.command()(explain)
 app.command()(simulate)
 app.command()(plan)
+app.command()(top)
 
 _WATCH_S = 1.0
 
@@ -247,7 +249,7 @@ Serving {model.name} at {url}/v1. Try it:
   answer = client.chat.completions.create(model="{model.name}", messages=[{{"role": "user", "content": "Hello!"}}])
   print(answer.choices[0].message.content)
 
-`ellm status --url {url} --watch` shows the memory move. Ctrl-C stops everything.
+{url}/ui shows the memory move; so does `ellm top --url {url}`. Ctrl-C stops everything.
 """
 
 

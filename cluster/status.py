@@ -31,7 +31,7 @@ def render_status(snapshot: dict[str, Any]) -> RenderableType:
         parts.append(Text("no memory agent has reported within 3 s", style="yellow"))
     for absent in snapshot["absent_devices"]:
         age_s = absent["report_age_s"]
-        lost = f"{_short(absent['node'])} {absent['device']}: no report for {age_s:.1f} s, counted as absent"
+        lost = f"{short_name(absent['node'])} {absent['device']}: no report for {age_s:.1f} s, counted as absent"
         parts.append(Text(lost, style="bold red"))
     return Group(*parts)
 
@@ -118,9 +118,9 @@ def _device_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
             memory["host_buffer_bytes"],
         )
         table.add_row(
-            _short(node),
+            short_name(node),
             device["device"],
-            _level(device["pressure"]),
+            render_level(device["pressure"]),
             *map(format_bytes, sizes),
             f"{device['report_age_s']:.1f}s",
         )
@@ -138,8 +138,8 @@ def _replica_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
     for _, device in devices:
         for one in device["replicas"]:
             table.add_row(
-                _replica_name(one),
-                _status(one),
+                replica_name(one),
+                replica_status(one),
                 one["model"],
                 *(format_bytes(one[size]) for size in _REPLICA_SIZES),
                 f"{one['kv_usage']:.0%}",
@@ -152,7 +152,7 @@ def _replica_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
 def _waiting_lines(devices: Iterable[tuple[str, dict[str, Any]]]) -> list[Text]:
     return [
         Text(
-            f"{_replica_name(one)} waits to start: it takes {format_bytes(one['start_bytes'])} of the budget, and has "
+            f"{replica_name(one)} waits to start: it takes {format_bytes(one['start_bytes'])} of the budget, and has "
             f"{format_bytes(one['limit_bytes'])}; others have to give back, or to finish their start",
             style="yellow",
         )
@@ -173,20 +173,23 @@ def _waits(replica: dict[str, Any]) -> bool:
     return bool(replica["limit_bytes"] < replica["start_bytes"])
 
 
-def _status(replica: dict[str, Any]) -> Text:
+def replica_status(replica: dict[str, Any]) -> Text:
+    """Its state; how short of memory it is once it is live."""
     if replica["state"] == "LIVE":
-        return _level(replica["pressure"])
+        return render_level(replica["pressure"])
     return Text("WAITING" if _waits(replica) else replica["state"], style="yellow")
 
 
-def _replica_name(replica: dict[str, Any]) -> str:
+def replica_name(replica: dict[str, Any]) -> str:
+    """The part of its identity that people use."""
     return str(replica["engine_id"].rpartition("#")[2])
 
 
-def _level(level: str) -> Text:
+def render_level(level: str) -> Text:
+    """A pressure level, coloured."""
     return Text(level, style=_LEVEL_STYLE.get(level, ""))
 
 
-def _short(identity: str) -> str:
+def short_name(identity: str) -> str:
     """The first characters of a long identity: enough to tell nodes apart, short enough for a table."""
     return identity if len(identity) <= 12 else identity[:8]
