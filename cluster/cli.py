@@ -19,6 +19,7 @@ from cluster.config import ClusterConfig, ModelConfig
 from cluster.config_file import ConfigError, example_config, load_config, validated
 from cluster.default_model import DefaultModelError, get_default_model
 from cluster.deploy.command import deploy_app
+from cluster.doctor_command import doctor
 from cluster.explain import explain
 from cluster.keys_command import keys_app
 from cluster.models_command import models_app
@@ -45,6 +46,7 @@ app.add_typer(deploy_app, name="deploy")
 app.add_typer(dashboards_app, name="dashboards")
 app.add_typer(keys_app, name="keys")
 app.command()(bench)
+app.command()(doctor)
 app.command()(explain)
 app.command()(simulate)
 app.command()(plan)

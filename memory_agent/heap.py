@@ -25,6 +25,11 @@ _RESET_PEAK = "5"
 _FIELDS = re.compile(r"^(VmHWM|RssAnon|RssFile|RssShmem):\s+(\d+) kB", re.MULTILINE)
 
 
+def heap_can_be_told() -> bool:
+    """Whether the C library has what ``trim_heap`` and ``keep_freed`` need."""
+    return _malloc_trim is not None and _mallopt is not None
+
+
 def trim_heap() -> bool:
     """Give free pages of the whole heap back to the operating system; False where the C library cannot."""
     if _malloc_trim is None:
