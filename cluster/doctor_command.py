@@ -50,7 +50,7 @@ def _table(checks: "list[Finding]") -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for check in checks:
-        table.add_row(Text(check.state, _STYLE[check.state]), check.name, check.found)
+        table.add_row(Text(check.state, _STYLE[check.state]), check.name, Text(check.found))
         if check.remedy:
             table.add_row("", "", Text(f"→ {check.remedy}", "italic"))
     return table

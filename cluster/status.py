@@ -46,16 +46,16 @@ def render_models(models: Iterable[dict[str, Any]]) -> RenderableType:
     for model in models:
         phase = Text(model["phase"], style="green" if model["phase"] == "serving" else "yellow")
         if "replicas" not in model:
-            table.add_row(model["name"], phase)
+            table.add_row(Text(model["name"]), phase)
             continue
         least, most = model["min_replicas"], model["max_replicas"]
         replicas = str(model["replicas"]) if least == most else f"{least} to {most}"
         if not model["elastic"]:
-            table.add_row(model["name"], phase, replicas, *2 * [format_bytes(model["ceiling_bytes"])])
+            table.add_row(Text(model["name"]), phase, replicas, *2 * [format_bytes(model["ceiling_bytes"])])
             continue
         sizes = (model[f"{size}_bytes"] for size in ("guarantee", "ceiling", "held", "limit"))
         running, waiting = (str(model[count]) for count in ("running", "waiting"))
-        table.add_row(model["name"], phase, replicas, *map(format_bytes, sizes), running, waiting)
+        table.add_row(Text(model["name"]), phase, replicas, *map(format_bytes, sizes), running, waiting)
     return table
 
 
@@ -70,7 +70,7 @@ def render_slo(slo: dict[str, Any]) -> RenderableType:
     for name, tally in (*slo["classes"].items(), *slo["models"].items()):
         share = "-" if tally["attainment"] is None else f"{tally['attainment']:.1%}"
         goodput = f"{tally['goodput_requests_per_s']:.2f}/s"
-        table.add_row(name, share, goodput, *(str(tally[ending]) for ending in _ENDINGS))
+        table.add_row(Text(name), share, goodput, *(str(tally[ending]) for ending in _ENDINGS))
     return table
 
 
@@ -138,9 +138,9 @@ def _replica_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
     for _, device in devices:
         for one in device["replicas"]:
             table.add_row(
-                replica_name(one),
+                Text(replica_name(one)),
                 replica_status(one),
-                one["model"],
+                Text(one["model"]),
                 *(format_bytes(one[size]) for size in _REPLICA_SIZES),
                 f"{one['kv_usage']:.0%}",
                 *(str(one[count]) for count in ("running", "waiting", "preemptions", "set_aside")),

@@ -125,7 +125,7 @@ def _replicas(device: dict[str, Any]) -> Table:
         bar = _bar(parts, _REPLICA_BAR, mark=limit / longest)
         sizes = map(format_bytes, (used, held, limit))
         counts = str(one["running"]), Text(str(one["waiting"]), "yellow" if one["waiting"] else "")
-        table.add_row(replica_name(one), replica_status(one), one["model"], bar, *sizes, *counts)
+        table.add_row(Text(replica_name(one)), replica_status(one), Text(one["model"]), bar, *sizes, *counts)
     return table
 
 

@@ -13,6 +13,7 @@ import cluster.top
 from cluster.cli import app
 from cluster.readiness import NoAnswer
 from cluster.recent_slo import RecentSlo
+from cluster.status import render_status
 from cluster.top import render_top
 from tests.unit.cluster.test_status import replica, snapshot
 
@@ -62,6 +63,16 @@ def test_a_bar_is_as_long_as_its_shares() -> None:
     one = replica("a#r1", used_bytes=128 << 20, held_bytes_os=256 << 20, limit_bytes=512 << 20)
     line = next(line for line in shown(state(snapshot(one))).splitlines() if line.startswith("r1"))
     assert (line.count("█"), line.count("░"), line.count("│")) == (10, 9, 1)
+
+
+@pytest.mark.parametrize("name", ["x[/b]", "[red]x"])
+def test_names_are_no_markup(name: str) -> None:
+    """Who adds a model names it as they like; it is shown as it is."""
+    one = replica("a#r1", model=name)
+    assert name in shown(state(snapshot(one)))
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(render_status(snapshot(one) | {"models": [{"name": name, "phase": "adding"}]}))
+    assert console.export_text().count(name) == 2
 
 
 def test_a_cluster_without_devices_says_so() -> None:
