@@ -7,6 +7,7 @@ again, so that an API process that is to end waits for none.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from http import HTTPStatus
@@ -22,8 +23,11 @@ from cluster.cluster_status import ControllerAwayError
 from cluster.recent_slo import RecentSlo
 
 PERIOD_S = 0.5
-STREAM_S = 20.0
+STREAM_S = 10.0
+"""Less than an API process that is to end waits for its requests (``cluster.app.DRAIN_S``)."""
 VIEWERS_MOST = 256
+logger = logging.getLogger(__name__)
+
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
@@ -109,6 +113,10 @@ class LiveFeed:
             status, decisions = await asyncio.gather(self._read_status(), self._read_decisions())
         except ControllerAwayError as error:
             return _encoded("away", {"reason": str(error)})
+        except Exception:
+            # Those who watch would wait for a collection that has ended.
+            logger.exception("the state for the live page was not collected")
+            return _encoded("away", {"reason": "the state was not collected, the API's log says why"})
         recent = self._recent.add(status["slo"], time.monotonic())
         return _encoded("state", {"status": status, "recent": recent, "decisions": decisions})
 

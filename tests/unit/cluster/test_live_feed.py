@@ -17,11 +17,14 @@ class Source:
     def __init__(self) -> None:
         self.asked = 0
         self.away = False
+        self.broken = False
 
     async def status(self) -> dict[str, Any]:
         self.asked += 1
         if self.away:
             raise ControllerAwayError("it is away")
+        if self.broken:
+            raise KeyError("a detail for the log alone")
         return {"asked": self.asked, "slo": {"classes": {}}}
 
     async def decisions(self) -> list[dict[str, Any]]:
@@ -88,6 +91,19 @@ async def test_a_controller_that_is_away_is_told_and_comes_back() -> None:
     assert await some(events, 1) == [("away", {"reason": "it is away"})]
     source.away = False
     assert ("state", 2) in [(name, value.get("status", {}).get("asked")) for name, value in await some(events, 2)]
+    await feed.close()
+
+
+async def test_a_defect_is_told_and_ends_no_stream() -> None:
+    """Without its details, which may hold anything; the next collection is tried."""
+    source = Source()
+    feed = source.feed()
+    source.broken = True
+    events = feed.events()
+    [(name, told)] = await some(events, 1)
+    assert name == "away" and "detail" not in told["reason"]
+    source.broken = False
+    assert "state" in [name for name, _ in await some(events, 2)]
     await feed.close()
 
 
