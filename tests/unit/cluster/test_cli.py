@@ -71,6 +71,8 @@ def test_the_printed_example_passes_the_check(tmp_path: Path) -> None:
     file.write_text(text)
     assert (code, load_config(file)) == (0, ClusterConfig())
     assert ellm("config", "check", str(file))[0] == 0
+    code, text = ellm("config", "check", str(file), "--json")
+    assert (code, json.loads(text)) == (0, ClusterConfig().model_dump(mode="json"))
 
 
 def test_the_check_refuses_a_wrong_file(tmp_path: Path) -> None:
@@ -88,6 +90,18 @@ def test_versions_are_printed() -> None:
     code, text = ellm("version")
     assert code == 0
     assert [name for name in ("ellm-cluster 0.", "vllm", "ray 2.60") if name not in text] == []
+    code, as_json = ellm("version", "--json")
+    told = json.loads(as_json)
+    assert (code, [f"{name} {version}" for name, version in told.items()]) == (0, text.split("\n")[:-1])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_commands(shell: str) -> None:
+    """The script for the shell is printed, and what it asks for names the commands."""
+    environment = {"_ELLM_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": "ellm doc", "COMP_WORDS": "ellm doc"}
+    environment |= {"COMP_CWORD": "1", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    result = CliRunner().invoke(app, [], prog_name="ellm", env=environment)
+    assert "doctor" in result.output and "status" not in result.output
 
 
 def test_status_without_a_cluster_says_how_to_get_one() -> None:

@@ -1,6 +1,7 @@
 """`ellm models`, through HTTP, to a keeper over a cluster that is played."""
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -174,6 +175,10 @@ def test_limits_change_at_once(running: Cluster) -> None:
     """The new limits are printed; a size that is left out stays, and auto undoes a change."""
     code, text = running.ellm("limit", "a", "--ceiling", "256MiB")
     assert (code, "256Mi" in text) == (0, True)
+    code, text = running.ellm("limit", "a", "--ceiling", "256MiB", "--json")
+    assert (code, [one["ceiling_bytes"] for one in json.loads(text)]) == (0, [256 * MIB])
+    code, text = running.ellm("list", "--json")
+    assert (code, [one["name"] for one in json.loads(text)]) == (0, ["a", "b"])
     assert running.ellm("limit", "a", "--guarantee", "100MiB")[0] == 0
     limits = running.keeper.models.get("a").limits_now
     assert (limits.guarantee_bytes, limits.ceiling_bytes) == (100 * MIB, 256 * MIB)
