@@ -10,7 +10,8 @@ export function startChat(form) {
   let messages = [], running = null;
 
   async function ask(content) {
-    messages.push({ role: "user", content });
+    const mine = messages; // a conversation that is cleared meanwhile is another one
+    mine.push({ role: "user", content });
     say("user", content);
     const answer = say("assistant", "…");
     const stop = (running = new AbortController());
@@ -20,7 +21,7 @@ export function startChat(form) {
     try {
       const response = await fetch("../v1/chat/completions", {
         method: "POST", signal: stop.signal, headers: { "Content-Type": "application/json", ...authorization() },
-        body: JSON.stringify({ model: model.value, messages, stream: true, max_tokens: MOST_TOKENS, stream_options: { include_usage: true } }),
+        body: JSON.stringify({ model: model.value, messages: mine, stream: true, max_tokens: MOST_TOKENS, stream_options: { include_usage: true } }),
       });
       if (!response.ok) throw new Error((await response.json()).error?.message ?? `status ${response.status}`);
       for await (const { data } of events(response)) {
@@ -43,8 +44,8 @@ export function startChat(form) {
     } finally {
       if (!said && answer.textContent === "…") answer.remove();
       // Only what was said counts as said: the next message goes with it.
-      if (said) messages.push({ role: "assistant", content: said });
-      else messages.pop();
+      if (said) mine.push({ role: "assistant", content: said });
+      else mine.pop();
       running = null;
       send.textContent = "Send";
     }

@@ -1,7 +1,8 @@
 // The cluster's state as it changes: server-sent events, read with fetch because EventSource can send no key.
 
 const KEY = "ellm-key";
-const SILENT_MS = 4000;
+const QUIET_MS = 4000; // what is shown is old
+const SILENT_MS = 20_000; // longer than the server waits for the controller and the registry before it says so
 const AGAIN_MS = 1000;
 
 export const saveKey = (key) => sessionStorage.setItem(KEY, key);
@@ -40,9 +41,11 @@ export function follow(on) {
     stream?.abort();
     clearTimeout(timer);
     const mine = (stream = new AbortController());
-    let watchdog = 0;
+    let quiet = 0, watchdog = 0;
     const heard = () => {
+      clearTimeout(quiet);
       clearTimeout(watchdog);
+      quiet = setTimeout(() => on.away("nothing was heard for a while"), QUIET_MS);
       watchdog = setTimeout(() => mine.abort(new Error("nothing was heard for a while")), SILENT_MS);
     };
     let wait = AGAIN_MS;
@@ -64,6 +67,7 @@ export function follow(on) {
     } catch (error) {
       if (mine === stream && !document.hidden) on.away(error.message);
     } finally {
+      clearTimeout(quiet);
       clearTimeout(watchdog);
     }
     if (mine === stream && !document.hidden) timer = setTimeout(run, wait);
@@ -74,6 +78,6 @@ export function follow(on) {
     clearTimeout(timer);
     stream?.abort();
   });
-  run();
+  if (!document.hidden) run();
   return { again: run };
 }
