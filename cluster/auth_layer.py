@@ -1,6 +1,7 @@
 """Who may ask for what: an ASGI layer in front of everything, where there are keys.
 
     /health /ping                   anybody: probes
+    GET /ui/...                     anybody: the files of the live page, which asks for a key itself
     /metrics /load                  scope metrics, or admin
     /ellm/...                       scope admin
     everything else                 scope inference; a POST counts against the key's quotas
@@ -10,6 +11,7 @@ before its body is read, in OpenAI's error form: 401 without a key that counts, 
 with Retry-After beyond its quotas.
 """
 
+import re
 import time
 from collections.abc import Iterable
 from http import HTTPStatus
@@ -23,6 +25,7 @@ from cluster.api_key import Scope
 from cluster.key_ring import Caller, KeyRing
 
 _OPEN = ("/health", "/ping")
+_PAGE = re.compile(r"/ui(/[\w.-]*)?")
 _METRICS = ("/metrics", "/load")
 _ADMIN = "/ellm"
 _CALLER = "ellm.caller"
@@ -45,7 +48,7 @@ class AuthLayer:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": "no route here is a websocket"})
             return
-        if scope["type"] == "http" and scope["method"] != "OPTIONS" and scope["path"] not in _OPEN:
+        if scope["type"] == "http" and scope["method"] != "OPTIONS" and not _is_open(scope):
             needed = scopes_for(scope["path"])
             caller = self._keys.find(_presented(scope["headers"]))
             if (refusal := _refusal(caller, needed, scope)) is not None:
@@ -62,6 +65,11 @@ def scopes_for(path: str) -> tuple[Scope, ...]:
     if any(_below(path, metrics) for metrics in _METRICS):
         return Scope.METRICS, Scope.ADMIN
     return (Scope.INFERENCE,)
+
+
+def _is_open(scope: AsgiScope) -> bool:
+    path, method = scope["path"], scope["method"]
+    return path in _OPEN or (method in ("GET", "HEAD") and _PAGE.fullmatch(path) is not None)
 
 
 def _below(path: str, root: str) -> bool:

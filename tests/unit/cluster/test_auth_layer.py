@@ -95,14 +95,16 @@ def is_refused(answer: httpx.Response, status: int) -> bool:
     return answer.status_code == status and set(answer.json()["error"]) >= {"message", "type", "param", "code"}
 
 
-async def test_without_a_key_nothing_but_probes_is_answered(front: Open, keys: Keys) -> None:
-    """No route of vLLM's or ours lets a stranger in, whatever the method; /health and /ping are for probes."""
+async def test_without_a_key_nothing_but_probes_and_the_page_is_answered(front: Open, keys: Keys) -> None:
+    """No route of vLLM's or ours lets a stranger in, whatever the method; /health and /ping are for probes, and the
+    files of the live page hold nothing of the cluster."""
     keys.add("acme")
     async with front() as api:
         for route in {route.path.replace("{name}", "m").replace("{response_id}", "r") for route in API_ROUTES}:
             for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"):
                 answer = await api.http.request(method, route)
-                if route in ("/health", "/ping"):
+                page = route.startswith("/ui") and method in ("GET", "HEAD")
+                if page or route in ("/health", "/ping"):
                     assert answer.status_code != 401
                 else:
                     assert (route, method, answer.status_code) == (route, method, 401)
@@ -113,6 +115,9 @@ async def test_without_a_key_nothing_but_probes_is_answered(front: Open, keys: K
             "/ellm//models",
             "/health/",
             "/health/../ellm/status",
+            "/ui/../ellm/status",
+            "/ui//ellm/status",
+            "/uix",
             "/%65llm/status",
         ):
             assert is_refused(await api.http.get(path), 401), path
