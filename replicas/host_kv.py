@@ -3,12 +3,10 @@
 It resumes with the full blocks that are still on the device, then with those that the host buffer has (``HostTier``),
 then with its last, partly filled one (``KvTails``), and computes its newest token. A new request finds full blocks too.
 
-Loads are believed before all ranks have confirmed them. What is computed from one that then turns out damaged is
-forgotten everywhere: in requests that run, that were preempted meanwhile, and that ended meanwhile.
+Loads are believed before all ranks have confirmed them: see ``LoadDoubts``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.block_pool import BlockPool
@@ -19,19 +17,10 @@ from replicas.host_moves import HostReport, HostWork
 from replicas.host_tier import HostTier
 from replicas.host_traffic import HostTraffic
 from replicas.kv_tail import KvTails, tail_of
+from replicas.load_doubts import LoadDoubts
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
-
-
-@dataclass
-class _Doubt:
-    """A request has lost these blocks, of which those ``awaited`` have a load that is not confirmed. ``request_id``:
-    None where the request has ended."""
-
-    request_id: str | None
-    block_ids: list[int]
-    awaited: set[int]
 
 
 class HostKv:
@@ -48,7 +37,7 @@ class HostKv:
         self.tier = HostTier(traffic, pool, block_tokens, fingerprint)
         self.tails = KvTails(traffic, block_tokens, fingerprint)
         self._block_tokens = block_tokens
-        self._doubts: list[_Doubt] = []
+        self._doubts = LoadDoubts(traffic.loading, self.tier.disbelieve)
 
     def match(self, request: "Request", computed_tokens: int) -> int:
         """Tokens of a waiting request, after the ``computed_tokens`` that the device has, that are to be loaded."""
@@ -66,7 +55,7 @@ class HostKv:
         """A running request is about to lose these blocks, whose content lasts until the workers' part of the coming
         step. What steps in flight compute is there then: workers run their steps in order."""
         self.tier.watch_blocks(blocks)
-        self._lose(request.request_id, [block.block_id for block in blocks])
+        self._doubts.lose(request.request_id, [block.block_id for block in blocks])
         computed, unknown = request.num_computed_tokens, request.num_output_placeholders
         tail = tail_of(request.request_id, computed, unknown, self._block_tokens)
         # The tokens of a streaming session may change, and some requests must compute all of their prompt.
@@ -80,9 +69,8 @@ class HostKv:
         """The request has ended, and is about to lose these blocks."""
         self.tier.forget(request_id)
         self.tails.forget(request_id)
-        for doubt in self._doubts:
-            doubt.request_id = None if doubt.request_id == request_id else doubt.request_id
-        self._lose(None, block_ids)
+        self._doubts.ended(request_id)
+        self._doubts.lose(None, block_ids)
 
     def fail(self, invalid_block_ids: set[int], running: Mapping[str, Sequence[int]]) -> list[str]:
         """These device blocks could not be loaded. Call it before anything else is done about the step that failed.
@@ -92,16 +80,9 @@ class HostKv:
         Returns the requests that have computed with them, running or preempted since: they have to start again, and
         their output in flight is to be dropped.
         """
-        wrong = []
-        tables = [(doubt.request_id, doubt.block_ids) for doubt in self._doubts]
-        for request_id, block_ids in (*tables, *running.items()):
-            at = next((at for at, block_id in enumerate(block_ids) if block_id in invalid_block_ids), None)
-            if at is None:
-                continue
-            self.tier.disbelieve(block_ids[at:])
-            if request_id is not None:
-                self.tails.forget(request_id)
-                wrong.append(request_id)
+        wrong = self._doubts.fail(invalid_block_ids, running)
+        for request_id in wrong:
+            self.tails.forget(request_id)
         return wrong
 
     def take(self) -> HostWork:
@@ -113,9 +94,7 @@ class HostKv:
         """Answers of workers."""
         landed = self.traffic.on_reports(reports)
         self.tails.on_landed(landed)
-        for doubt in self._doubts:
-            doubt.awaited -= landed.blocks
-        self._doubts = [doubt for doubt in self._doubts if doubt.awaited]
+        self._doubts.landed(landed.blocks)
 
     def clear(self) -> None:
         """Forget every block: the same tokens would have other KV from now on."""
@@ -128,8 +107,3 @@ class HostKv:
         self.traffic.publish(row)
         row.set(EngineWord.HOST_STORED_TAILS, self.tails.stored)
         row.set(EngineWord.HOST_LOADED_TAILS, self.tails.loaded)
-
-    def _lose(self, request_id: str | None, block_ids: Sequence[int]) -> None:
-        awaited = self.traffic.loading().intersection(block_ids)
-        if awaited:
-            self._doubts.append(_Doubt(request_id, list(block_ids), awaited))
