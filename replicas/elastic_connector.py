@@ -6,6 +6,7 @@ the blocks that have no memory (scheduler, after the handshake), and carries mov
 
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import KVConnectorOutput
 
 from memory_agent.extents import ExtentMap, KvGeometry
@@ -37,20 +39,31 @@ from replicas.elastic_settings import ElasticSettings
 from replicas.host_copies import HostCopies
 from replicas.host_kv import HostKv
 from replicas.host_traffic import HostTraffic
+from replicas.kv_arrivals import KvArrivals
 from replicas.kv_device import CudaDevice, worker_device
 from replicas.kv_geometry import check_extents, kv_geometry, kv_groups
 from replicas.kv_memory import KvMemory
 from replicas.kv_moves import KvAck, KvAcks, KvHandshake, KvMoves
+from replicas.kv_push import KvPush
+from replicas.kv_transport import SharedMemoryTransport
+from replicas.migration import Migration
+from replicas.migration_copies import MigrationCopies
 from replicas.step_meter import StepMeter
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
+
+_STAGING_BYTES = 128 << 20
+"""Of each worker, while a request leaves."""
+_STAGED_A_STEP_BYTES = 16 << 20
+"""Copied in one step at most, so that the requests that stay go on."""
 
 
 class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
@@ -62,6 +75,9 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         self.settings = ElasticSettings.from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
         self.geometry = kv_geometry(kv_cache_config)
         self.groups = kv_groups(vllm_config, kv_cache_config)
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        # With a sliding window a request's first blocks are not its own any more.
+        self._migrates = len(specs) == 1 and isinstance(specs[0], FullAttentionSpec)
         self._memory: KvMemory | None = None
         self._kv: ElasticKv | None = None
         self._begun: KvMoves | None = None
@@ -72,6 +88,8 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         self.host: HostKv | None = None
         self.prefill: ElasticPrefill | None = None
         self._copies: HostCopies | None = None
+        self.migration: Migration | None = None
+        self._migration_copies: MigrationCopies | None = None
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -102,6 +120,9 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         trim_heap()
         if self._host_slots and self._copies is None:
             self._copies = HostCopies(self._make_segment(), memory.blocks)
+        if self._migrates and self._migration_copies is None:
+            rank = get_tensor_model_parallel_rank()
+            self._migration_copies = MigrationCopies(self._transport(rank), memory.blocks)
         return KvHandshake(
             pid=os.getpid(), memory_fd=memory.fd, chunk_bytes=memory.chunk_bytes, mapped_extents=sorted(memory.mapped)
         )
@@ -116,6 +137,8 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
             self.activations.rest()
         if self._copies is not None:
             self._copies.store(moves.host)
+        if self._migration_copies is not None:
+            self._migration_copies.store(moves.migration)
         self._acks = [self._worker_memory.apply(moves)] if moves.sequence else []
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
@@ -126,6 +149,8 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self._begun is not moves:
             self.begin_step(moves)
         self._begun = None
+        if self._migration_copies is not None:
+            self._migration_copies.load(moves.migration)
         if self._copies is not None:
             self._copies.load(moves.host)
             self._copies.start_forward(moves.tokens, moves.rows)
@@ -133,16 +158,25 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> KvAcks | None:
         report = self._copies.finish() if self._copies is not None else None
-        answer = KvAcks(self._acks, self._samples, [report] if report is not None else [])
+        moved = self._migration_copies.finish() if self._migration_copies is not None else None
+        answer = KvAcks(
+            self._acks,
+            self._samples,
+            [report] if report is not None else [],
+            [moved] if moved is not None else [],
+        )
         self._acks, self._samples = [], []
-        return answer if answer.acks or answer.activations or answer.host else None
+        return answer if answer.acks or answer.activations or answer.host or answer.migration else None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return self._copies.take_invalid_blocks() if self._copies is not None else set()
+        copies = (self._copies, self._migration_copies)
+        return set().union(*(one.take_invalid_blocks() for one in copies if one is not None))
 
     def shutdown(self) -> None:
         if self._copies is not None:
             self._copies.close()
+        if self._migration_copies is not None:
+            self._migration_copies.close()
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
         """Loaded before the forward, with the step's moves."""
@@ -182,6 +216,8 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
                 longest = self.settings.kv_guarantee_bytes // (self.geometry.block_bytes * len(handshakes))
                 objectives = Objectives(self.settings.ttft_slo_s, self.settings.tpot_slo_s)
                 self.prefill = ElasticPrefill(objectives, max(1, longest), self._host_slots)
+        if self._migrates:
+            self.migration = self._make_migration(pool, len(handshakes))
         on_evict = self.host.tier.evict if self.host is not None else None
         self._kv = ElasticKv(self.settings, self.geometry, self.groups, pool, handshakes, on_evict)
         limits = self._vllm_config.scheduler_config
@@ -195,6 +231,8 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self.host is not None:
             moves.host = self.host.take()
             self.host.publish(self.kv.row)
+        if self.migration is not None:
+            moves.migration = self.migration.take()
         return moves
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
@@ -204,14 +242,22 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
             self.kv.on_activations(acks.activations)
             if self.host is not None:
                 self.host.on_reports(acks.host)
+            if self.migration is not None:
+                self.migration.on_reports(acks.migration)
 
     def has_pending_block_frees(self) -> bool:
         return self.kv.waiting_helps()
 
     def has_pending_push_work(self) -> bool:
-        return self._kv is not None and (self._kv.has_work() or (self.host is not None and self.host.traffic.busy))
+        return self._kv is not None and (
+            self._kv.has_work()
+            or (self.host is not None and self.host.traffic.busy)
+            or (self.migration is not None and self.migration.busy)
+        )
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
+        if self.migration is not None and (found := self.migration.arrivals.match(request, num_computed_tokens)) != 0:
+            return found, False
         if self.host is None:
             return 0, False
         if self.prefill is not None and self.prefill.holds(request.request_id, new=not request.num_output_tokens):
@@ -219,20 +265,38 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         return self.host.match(request, num_computed_tokens), False
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
+        block_ids = blocks.get_block_ids()[0]
+        if self.migration is not None and self.migration.arrivals.allocate(request, block_ids, num_external_tokens):
+            num_external_tokens = 0
         if self.host is not None:
-            self.host.allocate(request, blocks.get_block_ids()[0], num_external_tokens)
+            self.host.allocate(request, block_ids, num_external_tokens)
 
     def preempt(self, request: "Request") -> None:
         """Called by our schedulers when vLLM is about to take a running request's blocks."""
+        assert self._kv_cache_manager is not None
+        blocks = self._kv_cache_manager.get_blocks(request.request_id).blocks[0]
         if self.host is not None:
-            assert self._kv_cache_manager is not None
-            self.host.preempt(request, self._kv_cache_manager.get_blocks(request.request_id).blocks[0])
+            self.host.preempt(request, blocks)
+        if self.migration is not None:
+            doubts = self.migration.arrivals.doubts
+            doubts.lose(request.request_id, [block.block_id for block in blocks])
+
+    def fail(self, invalid_block_ids: set[int], running: Mapping[str, Sequence[int]]) -> list[str]:
+        """These device blocks could not be loaded: see ``LoadDoubts.fail``."""
+        wrong = []
+        if self.host is not None:
+            wrong += self.host.fail(invalid_block_ids, running)
+        if self.migration is not None:
+            wrong += self.migration.arrivals.doubts.fail(invalid_block_ids, running)
+        return list(dict.fromkeys(wrong))
 
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         if self.host is not None:
             self.host.finish(request.request_id, block_ids[0])
+        if self.migration is not None:
+            self.migration.arrivals.finish(request, block_ids[0])
         if self.prefill is not None:
             self.prefill.forget(request.request_id)
         return False, None
@@ -240,6 +304,8 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
     def reset_cache(self) -> bool | None:
         if self.host is not None:
             self.host.clear()
+        if self.migration is not None:
+            self.migration.clear()
         return True
 
     # -- both ---------------------------------------------------------------------------------------------------------
@@ -251,6 +317,25 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
             logger.warning("no host buffer: it takes models of one KV cache group, this one has %d", len(self.groups))
             return 0
         return slots
+
+    def _transport(self, rank: int) -> SharedMemoryTransport:
+        board = Path(self.settings.board_path)
+        base = board.with_name(f"{board.stem}-moving{self.settings.row}")
+        fingerprint = self._fingerprint(rank=rank).digest
+        return SharedMemoryTransport(base, self.geometry.block_bytes, self._staging_places, rank, fingerprint)
+
+    @property
+    def _staging_places(self) -> int:
+        return max(4, _STAGING_BYTES // self.geometry.block_bytes)
+
+    def _make_migration(self, pool: "BlockPool", ranks: int) -> Migration:
+        """The scheduler's side."""
+        fingerprint, block_tokens = self._fingerprint(rank=0).digest, self.groups[0].block_tokens
+        transport = self._transport(rank=0)
+        at_once = max(1, _STAGED_A_STEP_BYTES // self.geometry.block_bytes)
+        push = KvPush(block_tokens, self._staging_places, at_once, fingerprint, transport.origin)
+        disbelieve = self.host.tier.disbelieve if self.host is not None else lambda ids: pool.evict_blocks(set(ids))
+        return Migration(push, KvArrivals(pool, block_tokens, fingerprint, transport.arrived, disbelieve), ranks)
 
     def _make_segment(self) -> HostSegment:
         """This worker's part of the host buffer. A file that an engine before has left in the same row is removed."""

@@ -1,6 +1,7 @@
 """vLLM's schedulers with a lease: each step they ask what fits. Chosen by ``scheduler_cls``."""
 
 import math
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -19,6 +20,7 @@ from replicas.elastic_prefill import Claim, ElasticPrefill, Line, Objectives
 from replicas.kv_geometry import check_guarantee
 from replicas.kv_plan import blocks_ahead
 from replicas.measured_scheduler import MeasuredScheduler
+from replicas.migration_words import push_order
 from replicas.prompt_share import LEAST_PROMPT_TOKENS, fair_share
 from replicas.step_demand import StepDemand
 from replicas.vllm_adapter import PreemptionNotice, check_scheduler, preempt, preempt_last, restart, returning_blocks
@@ -53,6 +55,10 @@ class _Elastic(MeasuredScheduler, PreemptionNotice):
         self._target_revision = 0
 
     def add_request(self, request: Request) -> None:
+        migration = self._elastic_connector.migration
+        if migration is not None and (order := push_order(request.sampling_params)) is not None:
+            migration.order(request, order)
+            return
         super().add_request(request)
         if self._elastic_connector.prefill is not None and not is_warm_up(request.request_id):
             self._elastic_connector.prefill.arrive(request.request_id, self.now_s())
@@ -60,6 +66,8 @@ class _Elastic(MeasuredScheduler, PreemptionNotice):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         kv = self._kv
         self._apply_target(kv)
+        if (migration := self._elastic_connector.migration) is not None:
+            migration.before_step(self.requests, self._block_ids)
         ahead = self._running_blocks_ahead()
         prefill = self._elastic_connector.prefill
         if prefill is not None and self._make_way(prefill, ahead):
@@ -85,7 +93,10 @@ class _Elastic(MeasuredScheduler, PreemptionNotice):
         if output is not None and output.invalid_block_ids:
             self._restart(output.invalid_block_ids)
             output.invalid_block_ids = set()
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if (migration := self._elastic_connector.migration) is not None:
+            migration.after_step(outputs, self.requests, self._block_ids, self._let_go)
+        return outputs
 
     def get_kv_cache_usage(self) -> float:
         """Used share of what the lease makes reachable; vLLM would count parked blocks as used."""
@@ -205,12 +216,16 @@ class _Elastic(MeasuredScheduler, PreemptionNotice):
         """Requests that have computed with blocks that could not be loaded start again without what they computed
         since. (Left to vLLM they compute these blocks again and go on: then the token of a step that was in flight
         meanwhile counts, and others may find the blocks before they are computed.)"""
-        host = self._elastic_connector.host
-        assert host is not None
-        ids = (request.request_id for request in reversed(self.running))
-        tables = {request_id: self.kv_cache_manager.get_block_ids(request_id)[0] for request_id in ids}
-        for request_id in host.fail(invalid_block_ids, tables):
+        tables = {request.request_id: self._block_ids(request.request_id) for request in reversed(self.running)}
+        for request_id in self._elastic_connector.fail(invalid_block_ids, tables):
             restart(self, self.requests[request_id])
+
+    def _block_ids(self, request_id: str) -> Sequence[int]:
+        ids: list[int] = self.kv_cache_manager.get_block_ids(request_id)[0]
+        return ids
+
+    def _let_go(self, request_id: str) -> None:
+        self.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
 
     def _apply_target(self, kv: ElasticKv) -> None:
         """The controller's bounds for this replica, as the replica process last wrote them on the board."""

@@ -14,7 +14,8 @@ class ElasticSettings:
         kv_guarantee_bytes: KV bytes, over all workers, of one longest request: activations never take these.
         charge_activations: activations count against the lease, and bound the tokens of a step.
         token_bytes, row_bytes: activation bytes of a token and of a request's logits, per worker, until measured.
-        host_buffer_bytes: per worker; 0 for none. weights_identity: which weights computed the KV that lies there.
+        host_buffer_bytes: per worker; 0 for none. weights_identity: which weights computed the KV
+            that leaves the device.
         ttft_slo_s, tpot_slo_s: objectives by which prompts are computed before there is memory to decode them, their KV
             in the host buffer meanwhile; 0: they never are.
         idle_release_s: idleness after which the engine shrinks to ``rest_bytes``.

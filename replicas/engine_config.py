@@ -54,7 +54,7 @@ def build_vllm_config(spec: EngineSpec, board_path: str = "", row: int = 0) -> V
         token_bytes=spec.token_bytes,
         row_bytes=spec.row_bytes,
         host_buffer_bytes=spec.host_buffer_bytes // spec.tensor_parallel_size,
-        weights_identity=model_identity(spec.model_path) if spec.host_buffer_bytes else "",
+        weights_identity=model_identity(spec.model_path),
         ttft_slo_s=spec.ttft_slo_ms / 1000,
         tpot_slo_s=spec.tpot_slo_ms / 1000,
         **({"map_batch_bytes": _GPU_MAP_BATCH_BYTES} if current_platform.is_cuda() else {}),

@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from replicas.activation_ledger import ActivationSample
 from replicas.host_moves import HostReport, HostWork
+from replicas.migration import MigrationReport, MigrationWork
 
 
 @dataclass
@@ -25,7 +26,7 @@ class KvMoves(KVConnectorMetadata):
     ``rest`` gives the memory of past activations back; of what later steps free ``keep_bytes`` may stay. ``tokens`` and
     ``rows`` are those of the step, ``step_bytes`` what it is charged for on each worker. ``check``, where there is one,
     asks every worker to check its books after the move: so many extents must be mapped then. ``host``: copies to and
-    from the host buffer.
+    from the host buffer; ``migration``: likewise of requests that leave or come.
     """
 
     sequence: int = 0
@@ -38,6 +39,7 @@ class KvMoves(KVConnectorMetadata):
     step_bytes: int = 0
     check: int | None = None
     host: HostWork = field(default_factory=HostWork)
+    migration: MigrationWork = field(default_factory=MigrationWork)
 
 
 @dataclass
@@ -57,15 +59,22 @@ class KvAck:
 
 @dataclass
 class KvAcks(KVConnectorWorkerMetadata):
-    """The answers of all workers to one step, and what the step before it took. ``host`` as in KvMoves."""
+    """The answers of all workers to one step, and what the step before it took. ``host`` and ``migration``: as in
+    KvMoves."""
 
     acks: list[KvAck]
     activations: list[ActivationSample]
     host: list[HostReport] = field(default_factory=list)
+    migration: list[MigrationReport] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, KvAcks)
-        return KvAcks(self.acks + other.acks, self.activations + other.activations, self.host + other.host)
+        return KvAcks(
+            self.acks + other.acks,
+            self.activations + other.activations,
+            self.host + other.host,
+            self.migration + other.migration,
+        )
 
 
 @dataclass

@@ -26,8 +26,13 @@ def warm_up_id(number: int) -> str:
     return f"{_PREFIX}{number}"
 
 
+def ahead_id(name: str) -> str:
+    """The id of a request whose KV another one will use."""
+    return f"{_PREFIX}{name}"
+
+
 def is_warm_up(request_id: str) -> bool:
-    """Is it a request of the warm-up, whose answer says nothing about those of users?"""
+    """Is it a request of the cluster's own, whose answer says nothing about those of users?"""
     return request_id.startswith(_PREFIX)
 
 

@@ -18,6 +18,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -34,6 +35,8 @@ from replicas.kv_device import CudaDevice
 from replicas.kv_geometry import kv_geometry
 from replicas.kv_memory import KvMemory
 from replicas.kv_moves import KvAcks, KvHandshake
+from replicas.migration import Migration
+from replicas.migration_copies import MigrationCopies
 from replicas.spec import EngineSpec
 from tests.unit.memory_agent.failing_host_vmm import FailingHostVmm
 from tests.unit.memory_agent.mapped_cuda_driver import MappedCudaDriver
@@ -104,9 +107,13 @@ class ModellessEngine:
         layout = "BLHNC" if drivers else "LBHNC"
         self.row = LeaseBoard.open(board).row(row)
         self.finished: set[str] = set()
+        self.ended: dict[str, EngineCoreOutput] = {}
+        """The last output of each that has finished."""
         self.tokens: defaultdict[str, list[int]] = defaultdict(list)
         """What clients got, by request."""
         self.prompts: dict[str, list[int]] = {}
+        self.first_steps: dict[str, int] = {}
+        """Tokens that each request has computed in its first step."""
         self.gone: set[str] = set()
         """Clients that go away while the workers run the next step."""
         self._in_flight: deque[tuple[SchedulerOutput, list[WorkerOutput]]] = deque()
@@ -131,12 +138,17 @@ class ModellessEngine:
             devices = [CudaDevice(0, driver, torch.device("cpu")) for driver in drivers] or [None] * ranks
             self.ranks = [KvMemory(kv_geometry(cache), REST_BLOCKS * BLOCK_BYTES, device) for device in devices]
         segments = self._make_segments(board, row, spec.host_buffer_bytes // BLOCK_BYTES)
+        connector = self.scheduler._elastic_connector
         self.workers = [
-            ModellessWorker(at, memory, BLOCK_TOKENS, HostCopies(segment, memory.blocks) if segment else None)
+            ModellessWorker(
+                at,
+                memory,
+                BLOCK_TOKENS,
+                MigrationCopies(connector._transport(at), memory.blocks),
+                HostCopies(segment, memory.blocks) if segment else None,
+            )
             for at, (memory, segment) in enumerate(zip(self.ranks, segments, strict=True))
         ]
-        connector = self.scheduler.connector
-        assert connector is not None
         connector.set_xfer_handshake_metadata_pp_aware({(0, at): _handshake(one) for at, one in enumerate(self.ranks)})
         self.kv = self.scheduler._kv
         self.kv._clock = clock
@@ -173,6 +185,8 @@ class ModellessEngine:
         self.clock.now_s += STEP_S
         if self.scheduler.has_requests():
             planned = self.scheduler.schedule()
+            new = [one.req_id for one in planned.scheduled_new_reqs]
+            self.first_steps |= {one: planned.num_scheduled_tokens[one] for one in new}
             self._in_flight.append((planned, [worker.execute(planned) for worker in self.workers]))
             more = planned.total_num_scheduled_tokens or self.scheduler.has_requests()
             if len(self._in_flight) < self._depth and more:
@@ -185,6 +199,7 @@ class ModellessEngine:
             for answer in answers.values():
                 for one in answer.outputs:
                     self.tokens[one.request_id] += one.new_token_ids
+                self.ended |= {one.request_id: one for one in answer.outputs if one.finished}
                 self.finished |= {one.request_id for one in answer.outputs if one.finished}
 
     @property
@@ -193,6 +208,12 @@ class ModellessEngine:
         host = self.scheduler._elastic_connector.host
         assert host is not None
         return host
+
+    @property
+    def migration(self) -> Migration:
+        migration = self.scheduler._elastic_connector.migration
+        assert migration is not None
+        return migration
 
     @property
     def resumptions(self) -> list[Resumption]:
@@ -232,6 +253,7 @@ class ModellessEngine:
     def close(self) -> None:
         self.scheduler.shutdown()
         for worker in self.workers:
+            worker.migration.close()
             if worker.copies is not None:
                 worker.copies.close()
         for memory in self.ranks:

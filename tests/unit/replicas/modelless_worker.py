@@ -16,6 +16,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from replicas.host_copies import HostCopies
 from replicas.kv_memory import KvMemory
 from replicas.kv_moves import KvAcks, KvMoves
+from replicas.migration_copies import MigrationCopies
 
 Numbers = NDArray[np.uint64]
 
@@ -85,13 +86,22 @@ class ModellessWorker:
 
     Args:
         block_tokens: tokens of a KV block.
+        migration: carries the KV of requests that leave and come.
         copies: None without a host buffer.
     """
 
-    def __init__(self, rank: int, memory: KvMemory, block_tokens: int, copies: HostCopies | None = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        memory: KvMemory,
+        block_tokens: int,
+        migration: MigrationCopies,
+        copies: HostCopies | None = None,
+    ) -> None:
         self.rank = rank
         self.memory = memory
         self.copies = copies
+        self.migration = migration
         self.resumptions: list[Resumption] = []
         self._block_tokens = block_tokens
         self._rows: dict[str, _Row] = {}
@@ -102,7 +112,9 @@ class ModellessWorker:
         assert isinstance(moves, KvMoves)
         if self.copies is not None:
             self.copies.store(moves.host)
+        self.migration.store(moves.migration)
         acks = [self.memory.apply(moves)] if moves.sequence else []
+        self.migration.load(moves.migration)
         if self.copies is not None:
             self.copies.load(moves.host)
             self.copies.start_forward(moves.tokens, moves.rows)
@@ -111,9 +123,13 @@ class ModellessWorker:
         for request_id, count in planned.num_scheduled_tokens.items():
             output.sampled[request_id] = self._compute(self._rows[request_id], count)
         report = self.copies.finish() if self.copies is not None else None
-        output.connector.kv_connector_worker_meta = KvAcks(acks, [], [report] if report is not None else [])
+        moved = self.migration.finish()
+        output.connector.kv_connector_worker_meta = KvAcks(
+            acks, [], [report] if report is not None else [], [moved] if moved is not None else []
+        )
+        output.connector.invalid_block_ids = self.migration.take_invalid_blocks()
         if self.copies is not None:
-            output.connector.invalid_block_ids = self.copies.take_invalid_blocks()
+            output.connector.invalid_block_ids |= self.copies.take_invalid_blocks()
         return output
 
     def _update_rows(self, planned: SchedulerOutput) -> None:
