@@ -4,6 +4,7 @@
     /ellm/live                        the state as it changes, for all who watch (``cluster.live_feed``)
     /ellm/decisions                   what the controller decided lately (``cluster.decisions_api``)
     /ui                               the live page (``cluster.page``)
+    /ellm/migrate                     a request moved by hand (``cluster.migration_api``)
     /ellm/models                      models added, removed and limited (``cluster.models_api``)
     routes that do not work yet       refused here, in OpenAI's error form
     /v1/models                        all models
@@ -32,6 +33,7 @@ from cluster.api_routes import API_ROUTES, RouteState
 from cluster.cluster_status import ControllerAwayError, read_decisions, read_snapshot
 from cluster.decisions_api import decision_routes
 from cluster.live_feed import LiveFeed
+from cluster.migration_api import migration_routes
 from cluster.model_table import ModelTable, ServedModel
 from cluster.models_api import RegistryAwayError, model_routes, read_models
 from cluster.page import page_routes
@@ -111,6 +113,7 @@ def build_api(
         *page_routes(),
         *decision_routes(),
         *model_routes(),
+        *migration_routes(lambda: [model.engine.engine_core for model in table.routed]),
         *(_refusal(route.path, route.note) for route in API_ROUTES if route.state is RouteState.NOT_YET),
         Route("/v1/models", all_models),
         Mount("/", ModelSwitch(table, layer)),

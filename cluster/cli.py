@@ -23,6 +23,7 @@ from cluster.deploy.command import deploy_app
 from cluster.doctor_command import doctor
 from cluster.explain import explain
 from cluster.keys_command import keys_app
+from cluster.models_client import RefusedError, command
 from cluster.models_command import models_app
 from cluster.readiness import NoAnswer, read_status
 from cluster.simulator.command import plan, simulate
@@ -103,6 +104,23 @@ def status(
         _fail(str(error))
     except KeyboardInterrupt:
         return
+
+
+@app.command()
+def migrate(
+    request_id: Annotated[str, typer.Argument(help="Id of a running request, as its answer tells it.")],
+    to: Annotated[str, typer.Argument(help="Replica that it is to go on at; see `ellm status`.")],
+    url: Annotated[str, typer.Option(help="Address of the cluster.")] = "http://127.0.0.1:8000",
+) -> None:
+    """Move a running request to another replica while its tokens stream."""
+    try:
+        moved = command(url, "POST", "/ellm/migrate", {"request_id": request_id, "to": to})
+    except (NoAnswer, RefusedError) as error:
+        _fail(str(error))
+    typer.echo(
+        f"{request_id} has moved from {moved['source']} to {moved['destination']}: {moved['blocks_ahead']} KV blocks "
+        f"went ahead in {moved['rounds']} rounds"
+    )
 
 
 @config_app.command("example")

@@ -27,9 +27,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 from uuid import uuid4
 
+import msgspec
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -43,6 +45,7 @@ from cluster.bench.report import Slo
 from cluster.continuation import continued, why_final
 from cluster.door import Door
 from cluster.engine_slots import EngineSlots
+from cluster.migration import Migrated, MigrationError, Rounds
 from cluster.output_inbox import OutputInbox
 from cluster.prediction import PredictionError
 from cluster.prompt_prefix import prefix_ids, prompt_length
@@ -52,6 +55,7 @@ from cluster.routing_policy import RouteRequest
 from cluster.tenancy import tenant_salt
 from replicas.channel_wire import InboxAddress
 from replicas.hop import TPOT_TARGET_ARG, TTFT_TARGET_ARG, HopCodec
+from replicas.migration_words import MOVED_PARAM, Arrival, Moved, with_word, without_words
 from replicas.replica import ReplicaInfo, ReplicaStats
 
 logger = logging.getLogger("ray.serve")
@@ -64,6 +68,8 @@ POLL_PERIOD_S = 1.0
 POLL_TIMEOUT_S = 3.0
 STALE_AFTER_S = 15.0
 WATCH_PERIOD_S = 0.5
+ERRAND_S = 10.0
+"""For a replica to do its part of a migration's round."""
 
 
 @dataclass
@@ -90,6 +96,12 @@ class Relay:
     """The present attempt is being cancelled for its fault, and not by the client."""
     seen: int = 0
     """Tokens at the last look of ``cluster.attempt_watch``."""
+    destination: str | None = None
+    """The replica that it is being moved to."""
+    moved: Moved | None = None
+    """Its replica has let it go, and no attempt has followed yet."""
+    landed: asyncio.Event = field(default_factory=asyncio.Event)
+    """After it has moved it has brought a token, or has ended."""
 
     @property
     def has_answered(self) -> bool:
@@ -100,6 +112,11 @@ class Relay:
     def is_last_attempt(self) -> bool:
         """No other may follow the present one, unless it brings a token."""
         return not self.retries_left or self.attempts == ATTEMPTS_MOST
+
+    def is_at(self, replica: str) -> bool:
+        """The present attempt runs, or is meant to run, there."""
+        standing = self.route.replica if self.route is not None else None
+        return standing is not None and standing.replica_id == replica
 
     def why_over(self) -> str | None:
         """Why the attempt that has failed was the last; None where another one may help."""
@@ -122,7 +139,8 @@ class ClusterCore:
 
     Attributes:
         reachable: replicas that answered the last poll.
-        retried: requests sent again before their first token; continued: likewise, after it.
+        retried: requests sent again before their first token; continued: likewise, after it; migrated: requests that
+            have left their replica for another one.
         ttft_error, tpot_error: of what the router has predicted.
     """
 
@@ -149,7 +167,7 @@ class ClusterCore:
         self.resources = CoreResources()
         self.engine_ranks_managed = list(range(replicas))
         self.reachable = replicas
-        self.retried = self.continued = 0
+        self.retried = self.continued = self.migrated = 0
         self.ttft_error, self.tpot_error = PredictionError(), PredictionError()
         self._model = model
         self._name = uuid4().hex
@@ -164,6 +182,7 @@ class ClusterCore:
         self._address: InboxAddress | None = None
         self._relays: dict[str, Relay] = {}
         self._by_ticket: dict[int, Relay] = {}
+        self._errands: dict[int, asyncio.Future[tuple[str, EngineCoreOutput]]] = {}
         self._tickets = itertools.count(1)
         self._outputs: list[EngineCoreOutput] = []
         self._stats: deque[EngineCoreOutputs] = deque()
@@ -295,6 +314,8 @@ class ClusterCore:
             slo = owner.slo if owner is not None else Slo()
             _tell_engine(relay.request, slo)
             while (error := await self._try_once(relay, slo)) is not None:
+                if relay.moved is not None:
+                    continue
                 tokens = len(relay.token_ids)
                 if (why := relay.why_over()) is not None:
                     logger.error("request %s ends in an error after %d tokens: %s; %s", request_id, tokens, error, why)
@@ -309,6 +330,7 @@ class ClusterCore:
             self._fail(relay)
         finally:
             self.door.ended(relay.part)
+            relay.landed.set()
             self._relays.pop(request_id, None)
 
     def _fail(self, relay: Relay) -> None:
@@ -325,6 +347,10 @@ class ClusterCore:
         relay.ticket, relay.route = next(self._tickets), Route(asks)
         relay.fault, relay.given_up = None, False
         relay.attempts, relay.base = relay.attempts + 1, len(relay.token_ids)
+        if (moved := relay.moved) is not None and request.sampling_params is not None:
+            word = Arrival(moved.origin, moved.move, moved.computed)
+            request = msgspec.structs.replace(request, sampling_params=with_word(request.sampling_params, word))
+            relay.route.to, relay.moved, relay.attempts = relay.destination, None, relay.attempts - 1
         self._by_ticket[relay.ticket] = relay
         error: Exception | None = None
         call: Any = self._generate.remote(
@@ -350,6 +376,88 @@ class ClusterCore:
             self._check_prediction(relay.part, relay.route)
             return None
         return error or RuntimeError(relay.fault or "the replica ended the request early")
+
+    # Migration
+
+    async def migrate(self, request_id: str, to: str) -> Migrated:
+        """Move a running request to the replica ``to`` while its tokens stream; returns when it has a token from there,
+        or has ended. Raises MigrationError: it goes on where it is."""
+        relay = self._movable(request_id, to)
+        assert relay.route is not None and relay.route.replica is not None
+        source = relay.route.replica.replica_id
+        rounds = Rounds(self._run_at, relay.request, relay.token_ids, source, to, self._info.block_tokens)
+        relay.destination = to
+        relay.landed.clear()
+        try:
+            await rounds.push()
+            await rounds.switch()
+            await asyncio.wait_for(relay.landed.wait(), ERRAND_S)
+        except TimeoutError:
+            raise MigrationError(f"{to} has brought no token after {ERRAND_S:.0f} s; it may go on elsewhere") from None
+        finally:
+            relay.destination = None
+            await rounds.end()
+        return Migrated(request_id, source, to, rounds.ahead, rounds.done)
+
+    def has(self, request_id: str) -> bool:
+        """A request of this id runs here."""
+        return bool(self._named(request_id))
+
+    def _named(self, request_id: str) -> list[Relay]:
+        """The relays of a request: vLLM makes one of each answer, and adds to its client's id."""
+        return [
+            relay
+            for one, relay in self._relays.items()
+            if not relay.finished
+            and (one == request_id or one.startswith(f"{request_id}-") or relay.request.external_req_id == request_id)
+        ]
+
+    def _movable(self, request_id: str, to: str) -> Relay:
+        """The relay of a request that can be moved to ``to``. Raises MigrationError."""
+        mine = self._named(request_id)
+        if not mine:
+            raise MigrationError(
+                f"no request {request_id} runs here: it has finished, or never was", HTTPStatus.NOT_FOUND
+            )
+        if len(mine) > 1:
+            raise MigrationError(f"{request_id} has {len(mine)} answers: name one of {sorted(map(_id_of, mine))}")
+        relay, there = mine[0], sorted(self._slots.owners.values())
+        if to not in there:
+            raise MigrationError(
+                f"{self._model} has no replica {to}; it has {', '.join(there) or 'none now'}", HTTPStatus.NOT_FOUND
+            )
+        if relay.destination is not None:
+            raise MigrationError(f"request {request_id} is being moved to {relay.destination} already")
+        if relay.route is None or relay.route.replica is None:
+            raise MigrationError(f"request {request_id} waits for a replica: there is nothing to move")
+        if relay.is_at(to):
+            raise MigrationError(f"request {request_id} is at {to} already")
+        if (why := why_final(relay.request)) is not None:
+            raise MigrationError(f"request {request_id} cannot be moved: {why}")
+        return relay
+
+    async def _run_at(self, replica: str, request: EngineCoreRequest) -> EngineCoreOutput:
+        """Run a request of our own there. Raises MigrationError."""
+        ticket, route = next(self._tickets), Route(RouteRequest(1), to=replica, only=True)
+        errand = self._errands[ticket] = asyncio.get_running_loop().create_future()
+        call: Any = self._generate.remote(self._codec.encode_request(request), self._address, ticket, route=route)
+        work = asyncio.ensure_future(_awaited(call))
+        try:
+            await asyncio.wait([errand, work], timeout=ERRAND_S, return_when=asyncio.FIRST_COMPLETED)
+            if not errand.done():
+                why = work.exception() if work.done() and not work.cancelled() else "it is full, or does not answer"
+                raise MigrationError(f"replica {replica} cannot be used: {why}", HTTPStatus.SERVICE_UNAVAILABLE)
+            who, output = errand.result()
+            if who != replica:
+                raise MigrationError(f"replica {replica} cannot be reached", HTTPStatus.SERVICE_UNAVAILABLE)
+            return output
+        finally:
+            self._errands.pop(ticket, None)
+            route.ended(0)
+            if not errand.done():
+                errand.cancel()
+                call.cancel()
+                work.cancel()
 
     def _check_prediction(self, part: Part, route: Route) -> None:
         self.ttft_error.observe(route.predicted_ttft_s, part.first_s - route.chosen_s)
@@ -380,12 +488,24 @@ class ClusterCore:
 
     def _receive(self, ticket: int, offset: int, output: EngineCoreOutput, replica: str) -> None:
         """Called by the inbox with each output of a replica: it belongs behind the ``offset`` tokens that are there."""
+        if (errand := self._errands.get(ticket)) is not None:
+            if output.finished and not errand.done():
+                errand.set_result((replica, output))
+            return
         relay = self._by_ticket.get(ticket)
         if relay is None or relay.finished or relay.fault is not None:
             return
         if offset != len(relay.token_ids) - relay.base:
             relay.fault = f"tokens from {offset} came after {len(relay.token_ids) - relay.base} tokens"
             return
+        if (said := (output.kv_transfer_params or {}).get(MOVED_PARAM)) is not None:
+            relay.moved = Moved(**said)
+            output.finish_reason = output.kv_transfer_params = None
+            self.migrated += 1
+            if not output.new_token_ids:
+                return
+        elif relay.destination is not None and relay.is_at(relay.destination) and output.new_token_ids:
+            relay.landed.set()
         if not relay.has_answered and relay.route is not None:
             relay.route.first_token()
         relay.token_ids.extend(output.new_token_ids)
@@ -449,7 +569,16 @@ def _tell_engine(request: EngineCoreRequest, slo: Slo) -> None:
     """Put the targets where the engine looks for them."""
     if (params := request.sampling_params) is None:
         return
+    params.extra_args = without_words(params.extra_args)
     targets = {TTFT_TARGET_ARG: slo.ttft_ms, TPOT_TARGET_ARG: slo.tpot_ms}
     known = {name: target for name, target in targets.items() if target is not None}
     if known:
         params.extra_args = {**(params.extra_args or {}), **known}
+
+
+async def _awaited(call: Any) -> None:
+    await call
+
+
+def _id_of(relay: Relay) -> str:
+    return relay.request.request_id

@@ -101,8 +101,9 @@ class Dispatcher:
         request = self._at_home(route.request) if route is not None else _UNKNOWN
         policy = self._policy(now_s)
         ranking = policy.rank(request, self.fleet, now_s)
-        order = ranking.order()
+        order = list(ranking.order())
         if route is not None:
+            order = self._wanted(route, order)
             self._remove(route)
             self._place(route, order[0], ranking, now_s)
             policy.sent(request, order[0])
@@ -146,6 +147,13 @@ class Dispatcher:
     def _keep_session(self, route: Route, replica_id: str) -> None:
         if (session := route.request.session) is not None:
             self._sessions.sent(session, replica_id)
+
+    def _wanted(self, route: Route, order: list[int]) -> list[int]:
+        """The replica that the route names comes first, or alone."""
+        row = self.fleet.index.get(route.to) if route.to is not None else None
+        if row is None:
+            return order
+        return [row] if route.only else [row, *(one for one in order if one != row)]
 
     def _policy(self, now_s: float) -> RoutingPolicy:
         known = self._predicts and self._predictor is not None and self.fleet.fresh(now_s).any()

@@ -17,7 +17,7 @@ class RefusedError(Exception):
 
 
 class UnknownError(RefusedError):
-    """The cluster has no such model."""
+    """The cluster has no such model, or no such request."""
 
 
 class ModelsClient:
@@ -49,30 +49,36 @@ class ModelsClient:
         self._call("PATCH", _path(name), wanted)
 
     def _call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        url = f"{self._url}/ellm/models{path}"
-        try:
-            with api_client(_TIMEOUT_S) as client:
-                answer = client.request(method, url, json=body)
-        except CredentialsError as error:
-            raise NoAnswer(str(error)) from error
-        except httpx.HTTPError as error:
-            raise no_cluster(self._url, error) from error
-        try:
-            content = answer.json()
-        except ValueError:
-            content = None
-        if answer.is_success and isinstance(content, dict):
-            return content
-        if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-            raise NoAnswer(key_refused(self._url, answer))
-        try:
-            reason = str(content["error"]["message"])
-        except (TypeError, KeyError) as error:
-            raise NoAnswer(
-                f"{self._url} answers, but not as an ellm cluster (status {answer.status_code}); is another server on "
-                "that port?"
-            ) from error
-        raise (UnknownError if answer.status_code == httpx.codes.NOT_FOUND else RefusedError)(reason)
+        return command(self._url, method, f"/ellm/models{path}", body)
+
+
+def command(cluster_url: str, method: str, path: str, body: object = None) -> dict[str, Any]:
+    """What the cluster answers to a command. Raises NoAnswer where no cluster answers, RefusedError where it
+    refuses."""
+    cluster_url = cluster_url.rstrip("/")
+    try:
+        with api_client(_TIMEOUT_S) as client:
+            answer = client.request(method, cluster_url + path, json=body)
+    except CredentialsError as error:
+        raise NoAnswer(str(error)) from error
+    except httpx.HTTPError as error:
+        raise no_cluster(cluster_url, error) from error
+    try:
+        content = answer.json()
+    except ValueError:
+        content = None
+    if answer.is_success and isinstance(content, dict):
+        return content
+    if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        raise NoAnswer(key_refused(cluster_url, answer))
+    try:
+        reason = str(content["error"]["message"])
+    except (TypeError, KeyError) as error:
+        raise NoAnswer(
+            f"{cluster_url} answers, but not as an ellm cluster (status {answer.status_code}); is another server on "
+            "that port?"
+        ) from error
+    raise (UnknownError if answer.status_code == httpx.codes.NOT_FOUND else RefusedError)(reason)
 
 
 def _path(name: str) -> str:

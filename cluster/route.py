@@ -47,6 +47,7 @@ class Route:
     """All times are of the monotonic clock; NaN before they come.
 
     Attributes:
+        to: the replica that is wanted, where it is there; only: no other one will do.
         replica: chosen or, once it was sent, taken; None before.
         tokens: of the prompt, taken to be computed there.
         predicted_ttft_s, predicted_tpot_s: of this attempt, from ``chosen_s`` on; NaN where nobody has predicted.
@@ -55,6 +56,8 @@ class Route:
     """
 
     request: RouteRequest
+    to: str | None = None
+    only: bool = False
     replica: Standing | None = None
     tokens: int = 0
     predicted_ttft_s: float = math.nan
