@@ -30,7 +30,8 @@ class _Move:
 
     Attributes:
         places: of the blocks sent so far, by their number in the request; those taken have none any more.
-        sent: blocks sent, from the first on; flying: of these, and of the tail, not confirmed by every rank.
+        sent, landed: blocks sent, and confirmed by every rank, from the first on.
+        target: blocks that this round is over with; None before it has begun.
         stopped: the request has left.
     """
 
@@ -39,7 +40,8 @@ class _Move:
     heard_s: float
     places: dict[int, int] = field(default_factory=dict)
     sent: int = 0
-    flying: int = 0
+    landed: int = 0
+    target: int | None = None
     stopped: bool = False
     fault: str | None = None
 
@@ -91,7 +93,7 @@ class KvPush:
             if order.switch or order.taken:
                 return "the migration has ended"
             move = self._move = _Move(order.request_id, order.move, self._clock())
-        move.heard_s = self._clock()
+        move.heard_s, move.target = self._clock(), None
         self._give_back(move, [at for at in move.places if at < order.taken])
         return None
 
@@ -116,9 +118,11 @@ class KvPush:
             return PushAnswer(error=why)
         assert request is not None
         ready = self._ready(request)
-        if move.flying or self._stores or (move.sent < ready and self._free):
+        if move.target is None:
+            move.target = ready
+        if move.landed < move.target and (move.landed < move.sent or self._free):
             return None
-        return PushAnswer(staged=move.sent, ready=ready, origin=self._origin)
+        return PushAnswer(staged=move.landed, ready=ready, origin=self._origin)
 
     def stop(self, order: PushOrder, request: "Request | None", block_ids: Sequence[int]) -> Moved | str:
         """Send what is left of a request that is about to lose its blocks, or say why that cannot be."""
@@ -144,8 +148,6 @@ class KvPush:
             self.end()
         release, stores = self._release, self._stores
         self._release, self._stores = [], []
-        if self._move is not None:
-            self._move.flying += len(stores)
         return release, stores
 
     def landed(self, move_name: str, stores: Sequence[HostCopy], unsent: set[bytes]) -> None:
@@ -153,7 +155,7 @@ class KvPush:
         move = self._move
         if move is None or move.name != move_name:
             return
-        move.flying -= len(stores)
+        move.landed += len(stores)  # in the order in which they were sent
         if unsent:
             move.fault = "the staging memory takes no block: the machine's memory or its shared memory is full"
 
@@ -176,7 +178,7 @@ class KvPush:
     @property
     def busy(self) -> bool:
         """There is something for the next step to do."""
-        return bool(self._stores or self._release) or (self._move is not None and self._move.flying > 0)
+        return bool(self._stores or self._release)
 
     @property
     def free_places(self) -> int:
