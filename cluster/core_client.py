@@ -439,11 +439,13 @@ class ClusterCore:
     async def _run_at(self, replica: str, request: EngineCoreRequest) -> EngineCoreOutput:
         """Run a request of our own there. Raises MigrationError."""
         ticket, route = next(self._tickets), Route(RouteRequest(1), to=replica, only=True)
-        errand = self._errands[ticket] = asyncio.get_running_loop().create_future()
+        errand: asyncio.Future[tuple[str, EngineCoreOutput]] = asyncio.get_running_loop().create_future()
+        self._errands[ticket] = errand
         call: Any = self._generate.remote(self._codec.encode_request(request), self._address, ticket, route=route)
-        work = asyncio.ensure_future(_awaited(call))
+        work: asyncio.Future[Any] = asyncio.ensure_future(_awaited(call))
         try:
-            await asyncio.wait([errand, work], timeout=ERRAND_S, return_when=asyncio.FIRST_COMPLETED)
+            waiting: list[asyncio.Future[Any]] = [errand, work]
+            await asyncio.wait(waiting, timeout=ERRAND_S, return_when=asyncio.FIRST_COMPLETED)
             if not errand.done():
                 why = work.exception() if work.done() and not work.cancelled() else "it is full, or does not answer"
                 raise MigrationError(f"replica {replica} cannot be used: {why}", HTTPStatus.SERVICE_UNAVAILABLE)
