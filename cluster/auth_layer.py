@@ -2,13 +2,14 @@
 
     /health /ping                   anybody: probes
     GET /ui/...                     anybody: the files of the live page, which asks for a key itself
-    /metrics /load                  scope metrics, or admin
-    /ellm/...                       scope admin
+    /metrics... /load...            scope metrics, or admin
+    /ellm /ellm/...                 scope admin
     everything else                 scope inference; a POST counts against the key's quotas
 
 A request shows its key as "Authorization: Bearer KEY", or as x-api-key, which Anthropic's clients send. It is refused
 before its body is read, in OpenAI's error form: 401 without a key that counts, 403 for what the key is not for, 429
-with Retry-After beyond its quotas.
+with Retry-After beyond its quotas. OPTIONS is no exception: no other origins are allowed here, so browsers have no use
+for it, and vLLM's metrics answer it.
 """
 
 import re
@@ -48,7 +49,7 @@ class AuthLayer:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": "no route here is a websocket"})
             return
-        if scope["type"] == "http" and scope["method"] != "OPTIONS" and not _is_open(scope):
+        if scope["type"] == "http" and not _is_open(scope):
             needed = scopes_for(scope["path"])
             caller = self._keys.find(_presented(scope["headers"]))
             if (refusal := _refusal(caller, needed, scope)) is not None:
@@ -60,9 +61,9 @@ class AuthLayer:
 
 def scopes_for(path: str) -> tuple[Scope, ...]:
     """One of these lets a key in. What is new under /ellm is for admins alone."""
-    if _below(path, _ADMIN):
+    if path == _ADMIN or path.startswith(f"{_ADMIN}/"):
         return (Scope.ADMIN,)
-    if any(_below(path, metrics) for metrics in _METRICS):
+    if path.startswith(_METRICS):  # vLLM answers /metricsanything too
         return Scope.METRICS, Scope.ADMIN
     return (Scope.INFERENCE,)
 
@@ -70,10 +71,6 @@ def scopes_for(path: str) -> tuple[Scope, ...]:
 def _is_open(scope: AsgiScope) -> bool:
     path, method = scope["path"], scope["method"]
     return path in _OPEN or (method in ("GET", "HEAD") and _PAGE.fullmatch(path) is not None)
-
-
-def _below(path: str, root: str) -> bool:
-    return path == root or path.startswith(f"{root}/")
 
 
 def _refusal(caller: Caller | None, needed: tuple[Scope, ...], scope: AsgiScope) -> Response | None:

@@ -35,6 +35,7 @@ from cluster.ingress_peers import IngressPeers
 from cluster.key_ring import KeyRing
 from cluster.malformed import answer_malformed
 from cluster.model_table import ModelTable, ServedModel
+from cluster.plain_paths import PlainPaths
 from cluster.registry_link import RegistryFollower
 from cluster.slo_layer import SloLayer
 from cluster.slo_ledger import SloLedger
@@ -87,10 +88,11 @@ async def build_ingress(
 
 
 def guard(api: Starlette, limits: HttpLimits, keys: KeyRing | None) -> None:
-    """Put the layers in front that look at who sends what. Keys come first: of a stranger no body is read."""
+    """Put the layers in front that look at who sends what. Keys come before bodies: of a stranger none is read."""
     api.add_middleware(BodyLimits, max_body_bytes=limits.max_body_bytes, max_sequences=limits.max_sequences)
     if keys is not None:
         api.add_middleware(AuthLayer, keys=keys)
+    api.add_middleware(PlainPaths)
 
 
 def _keys(settings: ClusterConfig, own_keys: Sequence[ApiKey]) -> KeyRing | None:

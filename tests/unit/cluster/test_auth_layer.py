@@ -101,7 +101,7 @@ async def test_without_a_key_nothing_but_probes_and_the_page_is_answered(front: 
     keys.add("acme")
     async with front() as api:
         for route in {route.path.replace("{name}", "m").replace("{response_id}", "r") for route in API_ROUTES}:
-            for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"):
+            for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"):
                 answer = await api.http.request(method, route)
                 page = route.startswith("/ui") and method in ("GET", "HEAD")
                 if page or route in ("/health", "/ping"):
@@ -121,6 +121,17 @@ async def test_without_a_key_nothing_but_probes_and_the_page_is_answered(front: 
             "/%65llm/status",
         ):
             assert is_refused(await api.http.get(path), 401), path
+        assert not api.handle.calls
+
+
+@pytest.mark.parametrize("path", ["/metricsx", "/metrics%0A", "/load%0A", "/ellm/status%0A", "/v1/completions%0A"])
+async def test_no_spelling_of_a_path_widens_a_key(front: Open, keys: Keys, path: str) -> None:
+    """What is routed as another path, or answered like one, takes the scope of that one."""
+    key = keys.add("acme")
+    async with front() as api:
+        for method in ("GET", "POST"):
+            answer = await api.http.request(method, path, headers={"authorization": f"Bearer {key}"}, json=BODY)
+            assert answer.status_code in (403, 404), method
         assert not api.handle.calls
 
 
