@@ -21,7 +21,7 @@ from replicas.kv_geometry import check_guarantee
 from replicas.kv_plan import blocks_ahead
 from replicas.measured_scheduler import MeasuredScheduler
 from replicas.migration_words import push_order
-from replicas.prompt_share import LEAST_PROMPT_TOKENS, fair_share
+from replicas.prompt_share import fair_share, most_tokens
 from replicas.step_demand import StepDemand
 from replicas.vllm_adapter import PreemptionNotice, check_scheduler, preempt, preempt_last, restart, returning_blocks
 from replicas.warm_up import is_warm_up
@@ -46,7 +46,7 @@ class _Elastic(MeasuredScheduler, PreemptionNotice):
             self.vllm_config.parallel_config.world_size,
             self.connector.settings.kv_guarantee_bytes,
         )
-        self._own_token_budget = self._token_bound = self.max_num_scheduled_tokens
+        self._own_token_budget = self._token_bound = self._step_bound = self.max_num_scheduled_tokens
         self._own_active = self.max_num_active_reqs
         self._own_prompt_share = self.scheduler_config.long_prefill_token_threshold
         settings = self.connector.settings
@@ -66,6 +66,7 @@ class _Elastic(MeasuredScheduler, PreemptionNotice):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         kv = self._kv
         self._apply_target(kv)
+        self._step_bound = self._most_tokens()
         if (migration := self._elastic_connector.migration) is not None:
             migration.before_step(self.requests, self._block_ids)
         ahead = self._running_blocks_ahead()
@@ -121,10 +122,11 @@ class _Elastic(MeasuredScheduler, PreemptionNotice):
         """What the lease always has activations for: a token of each request that can run."""
         return min(self.max_num_running_reqs, self._own_token_budget)
 
-    @property
-    def _step_bound(self) -> int:
-        """Tokens of the target. A budget below the running decodes would starve the same requests for ever."""
-        return min(max(self._token_bound, len(self.running) + LEAST_PROMPT_TOKENS), self._own_token_budget)
+    def _most_tokens(self) -> int:
+        """Of the coming step."""
+        kv_tokens = sum(request.num_computed_tokens for request in self.running)
+        step_time = self.pace.step_time
+        return most_tokens(self._token_bound, self._own_token_budget, step_time, len(self.running), kv_tokens)
 
     def _most_of_a_prompt(self, demand: StepDemand) -> int:
         """Tokens of the step that one prompt may take: its fair share where a target makes steps short. 0 for any."""
@@ -165,8 +167,8 @@ class _Elastic(MeasuredScheduler, PreemptionNotice):
             waiting=waiting,
             blocks_wanted=wanted,
             blocks_first=running_ahead + (first or 0),
-            tokens_wanted=min(tokens, self._token_bound),
-            tokens_running=min(tokens_running, self._token_bound),
+            tokens_wanted=min(tokens, self._step_bound),
+            tokens_running=min(tokens_running, self._step_bound),
             tokens_least=self._least_tokens,
             rows=rows,
             blocks_returning=returning_blocks(self),

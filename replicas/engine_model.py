@@ -24,7 +24,7 @@ from itertools import islice
 from replicas.decode_batch import DecodeBatch, EngineRequest
 from replicas.engine_profile import EngineProfile
 from replicas.prefix_cache import PrefixCache
-from replicas.prompt_share import LEAST_PROMPT_TOKENS, fair_share
+from replicas.prompt_share import LEAST_PROMPT_TOKENS, fair_share, most_tokens
 from replicas.step_time import StepWork, prompt_pairs
 from replicas.targets import ReplicaTarget
 
@@ -250,7 +250,7 @@ class EngineModel:
     def _prompts(self, admits: bool) -> tuple[list[tuple[EngineRequest, int]], int, float]:
         """Chunks of the next step, their tokens and pairs. Admits waiting requests if it may."""
         rows = self._batch.rows
-        budget = min(max(self._token_budget, rows + LEAST_PROMPT_TOKENS), self.profile.max_num_batched_tokens) - rows
+        budget = self._most_tokens(rows) - rows
         most = self._most_of_a_prompt(budget) if admits or self._prefilling else budget
         chunks: list[tuple[EngineRequest, int]] = []
         total, pairs = 0, 0.0
@@ -275,6 +275,13 @@ class EngineModel:
         if chunks:
             self._free(0, total + self._batch.rows)
         return chunks, total, pairs
+
+    def _most_tokens(self, rows: int) -> int:
+        """Of the coming step, as the engine's scheduler bounds it."""
+        own = self.profile.max_num_batched_tokens
+        if not self.profile.elastic:
+            return min(max(self._token_budget, rows + LEAST_PROMPT_TOKENS), own)
+        return most_tokens(self._token_budget, own, self.profile.step_time, rows, self._batch.kv_tokens)
 
     def _most_of_a_prompt(self, budget: int) -> int:
         """Tokens that one prompt may take of a step: all of ``budget``, or its fair share where a target makes steps

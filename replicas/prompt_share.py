@@ -1,4 +1,5 @@
-"""How prompts share a step: so that a short one does not wait for all of a long one. Pure.
+"""How many tokens a step computes, and how prompts share it: so that a short one does not wait for all of a long one.
+Pure.
 
 Each gets what it needs up to the same most, and the step is full (max-min fairness):
 
@@ -7,9 +8,27 @@ Each gets what it needs up to the same most, and the step is full (max-min fairn
 
 from collections.abc import Iterable
 
+from replicas.step_time import StepTime
+
 LEAST_PROMPT_TOKENS = 16
 """Beside its decodes a step has room for so many tokens of prompts at least, whatever a target says: a prompt always
 gets on."""
+_LEAST_WORTHWHILE, _UNKNOWN_WORTHWHILE = 512, 8192
+"""Tokens of prompts that a step may have for the sake of speed whatever is known, and those of the first steps."""
+
+
+def most_tokens(target: int, own: int, step_time: StepTime | None, rows: int, kv_tokens: float) -> int:
+    """Tokens of a step at most: no more than are worth their activations' memory, and never as few as its decodes, which
+    would starve the same requests for ever.
+
+    Args:
+        target, own: of the controller and of the engine; the latter is never exceeded.
+        step_time: None while it is not known.
+        rows, kv_tokens: of running requests, and their computed tokens.
+    """
+    worthwhile = step_time.worthwhile_tokens(rows, kv_tokens) if step_time is not None else _UNKNOWN_WORTHWHILE
+    bound = min(target, rows + max(worthwhile, _LEAST_WORTHWHILE))
+    return int(min(max(bound, rows + LEAST_PROMPT_TOKENS), own))
 
 
 def fair_share(needs: Iterable[int], budget: int) -> int:

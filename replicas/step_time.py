@@ -27,6 +27,8 @@ _UNUSUAL = 3.0
 """Mean absolute residuals from which a step counts for less."""
 _SCALE_MEMORY = 0.98
 _STEPS_BEFORE_DOUBT = 10
+_OVERHEAD = 0.02
+"""Share of a step's time beside its prompts that is too little to save."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,14 @@ class StepTime:
             return int(seconds / first)
         # steps * first + steps^2 * growth = seconds, in the form that stays exact where growth is tiny
         return int(2 * seconds / (first + math.sqrt(first * first + 4 * growth * seconds)))
+
+    def worthwhile_tokens(self, rows: int = 0, kv_tokens: float = 0.0) -> float:
+        """Tokens of prompts from which a larger step gains nothing worth its memory: what it computes whatever their
+        number, decodes included, is a fiftieth of their own time. Infinite where they seem to take none."""
+        wanted_s = (self.step_s + rows * self.row_s + kv_tokens * self.kv_token_s) / _OVERHEAD
+        # tokens * token_s + tokens^2 / 2 * pair_s = wanted_s, in the form that stays exact where pair_s is tiny
+        steepness = self.token_s + math.sqrt(self.token_s**2 + 2 * self.pair_s * wanted_s)
+        return 2 * wanted_s / steepness if steepness > 0 else math.inf
 
     def prompt_s(self, tokens: int, chunk: int, rows: int = 0, kv_tokens: float = 0.0) -> float:
         """Of all steps that compute a prompt of ``tokens`` in chunks, ``rows`` requests decoding beside it."""

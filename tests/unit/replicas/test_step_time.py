@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -108,3 +109,16 @@ def test_solution_leaves_out_what_would_be_negative() -> None:
     rows = np.array([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
     falling = np.array([3.0, 2.0, 1.0])
     assert nonnegative_solve(rows.T @ rows, rows.T @ falling) == pytest.approx([2.0, 0.0])
+
+
+@given(step_times, st.floats(0, 1e-2), st.floats(0, 1e-8), st.integers(0, 256), st.integers(0, 1_000_000))
+def test_a_larger_step_is_worth_it_until_the_rest_is_a_fiftieth(
+    step: StepTime, token_s: float, pair_s: float, rows: int, kv_tokens: int
+) -> None:
+    step = replace(step, token_s=token_s, pair_s=pair_s)
+    tokens = step.worthwhile_tokens(rows, kv_tokens)
+    if math.isinf(tokens):
+        assert token_s == 0 and pair_s < 1e-300
+        return
+    prompts_s = tokens * token_s + tokens**2 / 2 * pair_s
+    assert prompts_s == pytest.approx(50 * step.decode_s(rows, kv_tokens))
