@@ -66,6 +66,10 @@ class LocalEngine:
         assert self.row is not None
         return self.row.get(word)
 
+    def moves_ns(self) -> int:
+        """What mapping and unmapping KV memory took since the start, on the slowest rank."""
+        return self.word(EngineWord.INFLATE_NS) + self.word(EngineWord.DEFLATE_NS)
+
     def rank_bytes_os(self) -> list[int]:
         """KV bytes that each rank holds, from the operating system; nothing for those on a GPU."""
         assert self.row is not None

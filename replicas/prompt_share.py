@@ -18,8 +18,8 @@ _LEAST_WORTHWHILE, _UNKNOWN_WORTHWHILE = 512, 8192
 
 
 def most_tokens(target: int, own: int, step_time: StepTime | None, rows: int, kv_tokens: float) -> int:
-    """Tokens of a step at most: no more than are worth their activations' memory, and never as few as its decodes, which
-    would starve the same requests for ever.
+    """Tokens of a step at most: no more than are worth their activations' memory, and never as few as its decodes,
+    which would starve the same requests for ever.
 
     Args:
         target, own: of the controller and of the engine; the latter is never exceeded.

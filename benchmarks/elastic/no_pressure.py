@@ -15,7 +15,6 @@ from benchmarks.elastic.timed_scheduler import SchedulerTimes
 from benchmarks.elastic.variants import bench_model, elastic_spec, static_spec
 from cluster.bench.arrivals import ClosedLoop
 from cluster.bench.workload import random_workload
-from memory_agent.lease_board import EngineWord
 
 MAX_MODEL_LEN = 2048
 MAX_NUM_SEQS = 32
@@ -40,7 +39,7 @@ async def run(folder: Path) -> Outcome:
         rates: dict[str, list[float]] = {name: [] for name in field}
         await _round(field, 0)
         before = _scheduler_times(field)
-        moves_before_ns = field["elastic"].engine.word(EngineWord.MOVE_NS)
+        moves_before_ns = field["elastic"].engine.moves_ns()
         for racer in field.values():
             racer.log.steps.clear()
         for number in range(1, ROUNDS + 1):
@@ -48,7 +47,7 @@ async def run(folder: Path) -> Outcome:
                 rates[name].append(rate)
             print(f"round {number}: " + ", ".join(f"{n} {r[-1]:.1f} tok/s" for n, r in rates.items()), flush=True)
         scheduler_us = {name: times.us_a_step_since(before[name]) for name, times in _scheduler_times(field).items()}
-        moves_ns = field["elastic"].engine.word(EngineWord.MOVE_NS) - moves_before_ns
+        moves_ns = field["elastic"].engine.moves_ns() - moves_before_ns
         steps_s = {name: [s.seconds for s in racer.log.steps if s.seconds] for name, racer in field.items()}
         added = (scheduler_us["elastic"] - scheduler_us["A"]) / 1e6 / statistics.mean(steps_s["elastic"])
         moves = moves_ns / 1e9 / sum(steps_s["elastic"])
