@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import pytest
 import ray
 
 from memory_agent.agent import agent_name
@@ -69,6 +70,7 @@ def prompt_of(seed: int, tokens: int) -> list[int]:
     return [1000 + (seed * 7919 + i * 31) % 30000 for i in range(tokens)]
 
 
+@pytest.mark.slow
 def test_new_requests_avoid_a_replica_under_pressure(cluster: str, model: str) -> None:
     """While one replica cannot hold what its requests want, every new request goes to the other one."""
     until(lambda: len(replicas(cluster)) == 2, "two replicas report")
@@ -117,6 +119,7 @@ def test_streams_outlive_agent_and_controller(cluster: str, model: str) -> None:
         assert replica["target_revision"] >= known[engine_id]["target_revision"]
 
 
+@pytest.mark.slow
 def test_targets_hold_without_their_controller(cluster: str, model: str) -> None:
     """Replicas that run requests get targets from what they measured. With the controller killed they keep them and
     answer on; the next one goes on from these, under higher revisions, and tells why."""

@@ -167,6 +167,7 @@ def test_predicted_and_real_activations_agree(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_tokens_with_async_scheduling(reference: list[list[int]], tmp_path: Path) -> None:
     """Also with asynchronous scheduling, where freed blocks may still be written by a step in flight."""
 

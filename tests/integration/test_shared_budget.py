@@ -65,6 +65,7 @@ async def register(agent: Any, engine_id: str) -> Registration:
 
 
 @pytest.mark.usefixtures("cluster")
+@pytest.mark.slow
 def test_memory_goes_where_it_is_needed() -> None:
     """One engine takes over 70 % of the budget while the other idles, gives back when the other needs it, and both
     together never hold more than the budget."""
