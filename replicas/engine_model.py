@@ -24,7 +24,7 @@ from itertools import islice
 from replicas.decode_batch import DecodeBatch, EngineRequest
 from replicas.engine_profile import EngineProfile
 from replicas.prefix_cache import PrefixCache
-from replicas.prompt_share import LEAST_PROMPT_TOKENS, fair_share, most_tokens
+from replicas.prompt_share import beside_decodes, fair_share, most_tokens
 from replicas.step_time import StepWork, prompt_pairs
 from replicas.targets import ReplicaTarget
 
@@ -280,7 +280,7 @@ class EngineModel:
         """Of the coming step, as the engine's scheduler bounds it."""
         own = self.profile.max_num_batched_tokens
         if not self.profile.elastic:
-            return min(max(self._token_budget, rows + LEAST_PROMPT_TOKENS), own)
+            return beside_decodes(self._token_budget, own, rows)
         return most_tokens(self._token_budget, own, self.profile.step_time, rows, self._batch.kv_tokens)
 
     def _most_of_a_prompt(self, budget: int) -> int:

@@ -27,7 +27,11 @@ def most_tokens(target: int, own: int, step_time: StepTime | None, rows: int, kv
         rows, kv_tokens: of running requests, and their computed tokens.
     """
     worthwhile = step_time.worthwhile_tokens(rows, kv_tokens) if step_time is not None else _UNKNOWN_WORTHWHILE
-    bound = min(target, rows + max(worthwhile, _LEAST_WORTHWHILE))
+    return beside_decodes(min(target, rows + max(worthwhile, _LEAST_WORTHWHILE)), own, rows)
+
+
+def beside_decodes(bound: float, own: int, rows: int) -> int:
+    """``bound``, but room for some tokens beside the decodes of ``rows``, and never more than the engine's ``own``."""
     return int(min(max(bound, rows + LEAST_PROMPT_TOKENS), own))
 
 
