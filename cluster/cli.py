@@ -77,6 +77,7 @@ def serve(
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens of one longest request.", show_default="auto")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Say where it serves as one line of JSON.")] = False,
 ) -> None:
     """Start a cluster on this host and serve until Ctrl-C. What is given here overrides the file."""
     try:
@@ -84,7 +85,7 @@ def serve(
         settings = _overridden(settings, model, host, port, replicas, budget, max_model_len)
     except ConfigError as error:
         _fail(str(error))
-    _serve(settings)
+    _serve(settings, as_json)
 
 
 @app.command()
@@ -111,12 +112,16 @@ def migrate(
     request_id: Annotated[str, typer.Argument(help="Id of a running request, as its answer tells it.")],
     to: Annotated[str, typer.Argument(help="Replica that it is to go on at; see `ellm status`.")],
     url: Annotated[str, typer.Option(help="Address of the cluster.")] = "http://127.0.0.1:8000",
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the cluster answers as JSON.")] = False,
 ) -> None:
     """Move a running request to another replica while its tokens stream."""
     try:
         moved = command(url, "POST", "/ellm/migrate", {"request_id": request_id, "to": to})
     except (NoAnswer, RefusedError) as error:
         _fail(str(error))
+    if as_json:
+        typer.echo(json.dumps(moved, indent=2))
+        return
     typer.echo(
         f"{request_id} has moved from {moved['source']} to {moved['destination']}: {moved['blocks_ahead']} KV blocks "
         f"went ahead in {moved['rounds']} rounds"
@@ -124,9 +129,11 @@ def migrate(
 
 
 @config_app.command("example")
-def config_example() -> None:
+def config_example(
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, without comments.")] = False,
+) -> None:
     """Print a commented configuration with every key at its default."""
-    sys.stdout.write(example_config())
+    sys.stdout.write(ClusterConfig().model_dump_json(indent=2) + "\n" if as_json else example_config())
 
 
 @config_app.command("check")
@@ -149,6 +156,7 @@ def config_check(
 @config_app.command("from-ray-llm")
 def config_from_ray_llm(
     file: Annotated[Path, typer.Argument(help="YAML of an LLMConfig, of llm_configs, or of a Serve application.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print both as JSON: config and changes.")] = False,
 ) -> None:
     """Print the configuration that does what a file of ray.serve.llm says, and what changes."""
     import yaml
@@ -159,18 +167,22 @@ def config_from_ray_llm(
         found = read_ray_llm(file)
     except ConfigError as error:
         _fail(str(error))
+    if as_json:
+        typer.echo(json.dumps({"config": found.tree, "changes": found.changes}, indent=2, default=str))
+        return
     sys.stdout.write(yaml.safe_dump(found.tree, sort_keys=False))
     for line in found.changes or ["nothing changes"]:
         typer.echo(f"note: {line}", err=True)
 
 
 @model_app.command("get")
-def model_get() -> None:
+def model_get(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
     """Download and convert the default model, where that has not been done, and print its folder."""
     try:
-        typer.echo(get_default_model(lambda line: typer.echo(line, err=True)))
+        folder = get_default_model(lambda line: typer.echo(line, err=True))
     except DefaultModelError as error:
         _fail(str(error))
+    typer.echo(json.dumps({"folder": str(folder)}) if as_json else folder)
 
 
 @app.command()
@@ -214,7 +226,7 @@ def _given(**values: object) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _serve(settings: ClusterConfig) -> NoReturn:
+def _serve(settings: ClusterConfig, as_json: bool) -> NoReturn:
     from cluster.launch_error import LaunchError
     from cluster.launcher import LocalCluster
 
@@ -223,7 +235,11 @@ def _serve(settings: ClusterConfig) -> NoReturn:
     _interrupt_on_signals(cluster)
     try:
         cluster.start()
-        typer.echo(_welcome(cluster.url, settings.models[0], settings.auth.keys_file is not None))
+        if as_json:
+            where = {"url": cluster.url, "api": f"{cluster.url}/v1", "models": [one.name for one in settings.models]}
+            typer.echo(json.dumps(where))
+        else:
+            typer.echo(_welcome(cluster.url, settings.models[0], settings.auth.keys_file is not None))
         cluster.wait()
     except LaunchError as error:
         typer.echo(f"error: {error}", err=True)

@@ -93,6 +93,7 @@ def list_keys(file: _File = _KEYS_FILE, as_json: _Json = False) -> None:
 def revoke_key(
     key_id: Annotated[str, typer.Argument(help="Its id, as `ellm keys list` shows it.", metavar="ID")],
     file: _File = _KEYS_FILE,
+    as_json: _Json = False,
 ) -> None:
     """Take a key out of the file. A cluster that serves refuses it in a moment; what it has begun goes on."""
     try:
@@ -104,7 +105,7 @@ def revoke_key(
             keys[:] = left
     except KeyFileError as error:
         _fail(str(error))
-    typer.echo(f"{key_id} is revoked")
+    typer.echo(json.dumps({"revoked": key_id}) if as_json else f"{key_id} is revoked")
 
 
 def _shown(key: ApiKey) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def add_model(
         int | None, typer.Option(help="Tokens of one longest request.", show_default="auto")
     ] = None,
     url: _Url = _HERE,
+    as_json: _Json = False,
 ) -> None:
     """Add a model: check that it fits, start its replicas, and wait until requests can use it."""
     try:
@@ -68,7 +69,7 @@ def add_model(
     client = ModelsClient(url)
     try:
         client.add(chosen)
-        _follow(client, chosen.name)
+        story = _follow(client, chosen.name)
     except UnknownError:
         _fail(
             f"the addition of {chosen.name} was lost, because the cluster's model registry was restarted; add it again"
@@ -77,11 +78,14 @@ def add_model(
         _fail(str(error))
     except KeyboardInterrupt:
         _fail(f"not waiting any more; {chosen.name} is still being added, `ellm models remove {chosen.name}` undoes it")
-    typer.echo(f"{chosen.name} answers at {url}/v1")
+    if as_json:
+        _show([story], as_json)
+    else:
+        typer.echo(f"{chosen.name} answers at {url}/v1")
 
 
 @models_app.command("remove")
-def remove_model(name: _Name, url: _Url = _HERE) -> None:
+def remove_model(name: _Name, url: _Url = _HERE, as_json: _Json = False) -> None:
     """Remove a model: refuse new requests, let those in flight end, then give its memory to the other models."""
     client = ModelsClient(url)
     try:
@@ -92,7 +96,7 @@ def remove_model(name: _Name, url: _Url = _HERE) -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail(f"not waiting any more; {name} is still being removed, `ellm models list` shows it")
-    typer.echo(f"{name} is removed")
+    typer.echo(json.dumps({"removed": name}) if as_json else f"{name} is removed")
 
 
 @models_app.command("limit")
@@ -142,9 +146,9 @@ def _tree(model: str | None, config: Path | None, name: str | None) -> dict[str,
     raise ConfigError(f"{config} has several models; say which one with --name: {names}")
 
 
-def _follow(client: ModelsClient, name: str) -> None:
-    """Print what is done for the model until it serves. Raises UnknownError when it is gone, RefusedError where its
-    addition failed."""
+def _follow(client: ModelsClient, name: str) -> dict[str, Any]:
+    """Print what is done for the model until it serves; returns how it is then. Raises UnknownError when it is gone,
+    RefusedError where its addition failed."""
     seen = 0
     while True:
         story = client.story(name)
@@ -154,7 +158,7 @@ def _follow(client: ModelsClient, name: str) -> None:
         if story["error"] is not None and story["phase"] == "failed":
             raise RefusedError(story["error"])
         if story["phase"] == "serving":
-            return
+            return story
         time.sleep(_POLL_S)
 
 

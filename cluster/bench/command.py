@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from cluster.bench.report import LoadReport, RequestRecord, Slo
     from cluster.bench.workload import Workload
 
+STANDARD_OUTPUT = Path("-")
+JSON_HELP = "Write everything to this file; - prints it, in place of the tables."
 _DEFAULT_REQUESTS = 100
 _DEFAULT_INPUT_LEN = 512
 _DEFAULT_OUTPUT_LEN = 128
@@ -79,7 +81,7 @@ def bench(
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Prompts use token ids from 1000 to below this.")] = 32000,
     timeout: Annotated[float, typer.Option(help="Seconds after which a request has failed.")] = 3600.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help=JSON_HELP)] = None,
     records: Annotated[bool, typer.Option("--records", help="Write each request into the JSON file too.")] = False,
 ) -> None:
     """Measure a server that speaks OpenAI's API under load. Exit status 1 where no request was answered."""
@@ -258,13 +260,23 @@ def check_output(file: Path | None, records: bool) -> None:
     if file is None:
         if records:
             raise BenchError("--records needs a place: give --json FILE too")
-    elif file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+    elif file != STANDARD_OUTPUT and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
         raise BenchError(f"cannot write {file}: give --json a file in a folder that exists and that you may write to")
+
+
+def write_json(file: Path, tree: dict[str, Any]) -> None:
+    """Into that file, or to standard output."""
+    text = json.dumps(tree, indent=2, allow_nan=False) + "\n"
+    if file == STANDARD_OUTPUT:
+        typer.echo(text, nl=False)
+    else:
+        file.write_text(text)
 
 
 def _show(report: "LoadReport", file: Path | None, records: bool) -> None:
     from cluster.bench.render import render_report
 
     if file is not None:
-        file.write_text(json.dumps(report.to_json(records), indent=2, allow_nan=False) + "\n")
-    Console().print(render_report(report))
+        write_json(file, report.to_json(records))
+    if file != STANDARD_OUTPUT:
+        Console().print(render_report(report))

@@ -1,13 +1,18 @@
 """The command ``ellm deploy``."""
 
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cluster.config_file import load_config
 from memory_agent.errors import SettingsError
+
+if TYPE_CHECKING:
+    from cluster.deploy.ray_service import Manifest
 
 deploy_app = typer.Typer(help="Install a cluster on Kubernetes with KubeRay.", no_args_is_help=True)
 
@@ -26,6 +31,9 @@ def render_command(
         Path | None, typer.Option(help="Folder of dashboards (*.json) and Prometheus rules (*.yml) to install too.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write a file for each object into.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print them as a Kubernetes List in JSON; with --out the files' paths.")
+    ] = False,
 ) -> None:
     """Print the Kubernetes objects of a cluster: a RayService and what belongs to it."""
     from cluster.deploy.manifests import notes, render
@@ -37,16 +45,28 @@ def render_command(
         if dashboards is not None:
             settings = with_exported(settings, dashboards)
         manifests = render(name, cluster, settings)
-        if out is None:
-            sys.stdout.write(to_yaml(*manifests))
+        if out is not None:
+            paths = _write(out, manifests)
+            typer.echo(json.dumps(paths) if as_json else "\n".join(paths))
+        elif as_json:
+            typer.echo(json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests}, indent=2))
         else:
-            out.mkdir(parents=True, exist_ok=True)
-            for one in manifests:
-                path = out / f"{one['kind'].lower()}-{one['metadata']['name']}.yaml"
-                path.write_text(to_yaml(one), encoding="utf-8")
-                typer.echo(path)
+            sys.stdout.write(to_yaml(*manifests))
     except (SettingsError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     for line in notes(cluster, settings):
         typer.echo(f"note: {line}", err=True)
+
+
+def _write(folder: Path, manifests: "Sequence[Manifest]") -> list[str]:
+    """A file for each; their paths. Raises OSError."""
+    from cluster.deploy.ray_service import to_yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for one in manifests:
+        path = folder / f"{one['kind'].lower()}-{one['metadata']['name']}.yaml"
+        path.write_text(to_yaml(one), encoding="utf-8")
+        paths.append(str(path))
+    return paths

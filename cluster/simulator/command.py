@@ -1,6 +1,5 @@
 """The commands ``ellm simulate`` and ``ellm plan``. Light until they run: numpy and the simulator wait for them."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cluster.bench.command import JSON_HELP, STANDARD_OUTPUT, check_output, write_json
 from cluster.bench.errors import BenchError
 from memory_agent.errors import SettingsError
 
@@ -49,7 +49,7 @@ _Input = Annotated[int | None, typer.Option(help="Median prompt of made-up reque
 _Output = Annotated[int | None, typer.Option(help="Median answer of made-up requests.", show_default="200")]
 _Prefix = Annotated[int | None, typer.Option(help="Shared tokens before half of the prompts.", show_default="0")]
 _Seed = Annotated[int, typer.Option(help="Of everything that is left to chance.")]
-_Json = Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")]
+_Json = Annotated[Path | None, typer.Option("--json", help=JSON_HELP)]
 _Plot = Annotated[Path | None, typer.Option(help="Write the plots to this PNG file.")]
 _Policy = Annotated[
     list[str] | None,
@@ -102,7 +102,7 @@ def simulate(
         from cluster.simulator.scenario import Scenario
         from cluster.simulator.sim_router import POLICIES
 
-        profile = _profile(gpu, static, step_tokens)
+        profile = _profile(gpu, static, step_tokens, json_file)
         classes = _classes(config, ttft_ms, tpot_ms)
         made_up = (num_requests, burstiness, burst_factor, input_len, output_len, prefix_len)
         arrivals = _arrivals(profile, trace, limit, time_scale, request_rate, made_up, seed)
@@ -134,8 +134,9 @@ def simulate(
         raise typer.Exit(1) from error
     trees = [result.to_json(records) for result in results]
     if json_file is not None:
-        _write(json_file, trees[0] if len(trees) == 1 else {"policies": trees})
-    console.print(render_result(results[0]) if len(results) == 1 else render_comparison(results))
+        write_json(json_file, trees[0] if len(trees) == 1 else {"policies": trees})
+    if json_file != STANDARD_OUTPUT:
+        console.print(render_result(results[0]) if len(results) == 1 else render_comparison(results))
     if plot is not None:
         typer.echo(draw_result(results[0], plot), err=True)
 
@@ -173,7 +174,7 @@ def plan(
         from cluster.simulator.render import draw_plan, render_plan
         from cluster.simulator.scenario import Scenario
 
-        profile = _profile(gpu, False, None)
+        profile = _profile(gpu, False, None, json_file)
         classes = _classes(config, ttft_ms, tpot_ms)
         made_up = (num_requests, burstiness, burst_factor, input_len, output_len, prefix_len)
         arrivals = _arrivals(profile, trace, limit, time_scale, request_rate, made_up, seed)
@@ -192,8 +193,10 @@ def plan(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     if json_file is not None:
-        _write(json_file, found.to_json())
-    Console().print(render_plan(found))
+        write_json(json_file, found.to_json())
+    as_text = json_file != STANDARD_OUTPUT
+    if as_text:
+        Console().print(render_plan(found))
     if plot is not None:
         typer.echo(draw_plan(found, plot), err=True)
     best = found.best
@@ -204,10 +207,11 @@ def plan(
             err=True,
         )
         raise typer.Exit(1)
-    typer.echo(
-        f"{best.replicas} replicas of {profile.name}, {'elastic' if best.elastic else 'static'} memory, steps of at "
-        f"most {best.step_tokens} tokens: {best.attainment:.1%} of the requests keep their targets"
-    )
+    if as_text:
+        typer.echo(
+            f"{best.replicas} replicas of {profile.name}, {'elastic' if best.elastic else 'static'} memory, steps of "
+            f"at most {best.step_tokens} tokens: {best.attainment:.1%} of the requests keep their targets"
+        )
 
 
 def _run(scenario: "Scenario", arrivals: "Sequence[Arrival]") -> Any:
@@ -219,15 +223,19 @@ def _run(scenario: "Scenario", arrivals: "Sequence[Arrival]") -> Any:
         return Simulation(scenario, arrivals).run(lambda done, total: progress.update(task, completed=done))
 
 
-def _profile(gpu: str, static: bool, step_tokens: int | None) -> "EngineProfile":
+def _profile(gpu: str, static: bool, step_tokens: int | None, json_file: Path | None) -> "EngineProfile":
     import msgspec
 
     from replicas.engine_profile import load_profile, profile_names
 
     if gpu == "list":
-        for name in profile_names():
-            one = load_profile(name)
-            typer.echo(f"{name}: {one.kv_tokens} KV tokens; {' '.join(one.source.split())}")
+        known = [load_profile(name) for name in profile_names()]
+        rows = [{"name": one.name, "kv_tokens": one.kv_tokens, "source": " ".join(one.source.split())} for one in known]
+        if json_file is not None:
+            check_output(json_file, False)
+            write_json(json_file, {"profiles": rows})
+        else:
+            typer.echo("\n".join(f"{row['name']}: {row['kv_tokens']} KV tokens; {row['source']}" for row in rows))
         raise typer.Exit
     profile = load_profile(gpu)
     if step_tokens is not None:
@@ -316,14 +324,8 @@ def _numbers(text: str) -> list[int]:
 
 
 def _check_outputs(json_file: Path | None, plot: Path | None, records: bool) -> None:
-    from cluster.bench.command import check_output
-
     if plot is not None and plot.suffix != ".png":
         raise BenchError(f"--plot {plot} does not fit: give a file that ends in .png")
     check_output(json_file, records)
     if plot is not None:
         check_output(plot, False)
-
-
-def _write(file: Path, tree: dict[str, Any]) -> None:
-    file.write_text(json.dumps(tree, indent=2, allow_nan=False) + "\n")

@@ -62,6 +62,14 @@ def test_the_json_file_holds_settings_figures_and_records(tmp_path: Path) -> Non
     assert len({tuple(body["prompt"][:3]) for body in server.bodies[1:]}) == 1
 
 
+def test_json_is_all_that_is_printed_where_it_is_asked_for() -> None:
+    """`--json -` prints what a file would hold, and no table beside it."""
+    with serving() as server:
+        shape = ["--input-len", "8", "--output-len", "4", "-n", "3"]
+        result = CliRunner().invoke(app, ["bench", "--base-url", server.url, *shape, "--json", "-"])
+    assert (result.exit_code, json.loads(result.stdout)["completed"]) == (0, 3)
+
+
 def test_a_trace_is_replayed_at_its_own_times(tmp_path: Path) -> None:
     """Faster by the scale; the requests that were clipped are named."""
     trace, file = tmp_path / "azure.csv", tmp_path / "out.json"

@@ -10,7 +10,9 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from cluster.config import ClusterConfig
 from cluster.config_file import ConfigError, example_config, parse_config
 from cluster.deploy.manifests import notes, render
@@ -311,6 +313,14 @@ def test_the_command_prints_or_writes_the_objects(tmp_path: Path) -> None:
         "rayservice-chat.yaml",
     ]
     assert yaml.safe_load((tmp_path / "o/rayservice-chat.yaml").read_text()) == objects({})["RayService chat"]
+    render = ["deploy", "render", str(config), "--name", "chat", "--values", str(values), "--json"]
+    printed = json.loads(CliRunner().invoke(app, render).stdout)
+    assert (printed["kind"], {f"{one['kind']} {one['metadata']['name']}": one for one in printed["items"]}) == (
+        "List",
+        objects({"podMonitor": True}),
+    )
+    paths = json.loads(CliRunner().invoke(app, [*render, "--out", str(tmp_path / "o")]).stdout)
+    assert sorted(paths) == sorted(str(path) for path in (tmp_path / "o").iterdir())
     config.write_text("modles: []")
     code, said = ellm("deploy", "render", str(config))
     assert code == 1 and "did you mean 'models'" in said

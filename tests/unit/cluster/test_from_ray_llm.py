@@ -1,12 +1,15 @@
 """Configurations of ray.serve.llm, as its users write them, become ours: what is kept, what is named and refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ray.serve.llm import LLMConfig
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from cluster.config import ClusterConfig
 from cluster.config_file import ConfigError, parse_config, validated
 from cluster.from_ray_llm import Conversion, read_ray_llm
@@ -282,6 +285,9 @@ def test_the_command_prints_a_configuration_that_loads(tmp_path: Path) -> None:
     assert code == 0 and "note: accelerator_type: left out" in said
     printed = "\n".join(line for line in said.splitlines() if not line.startswith("note: "))
     assert parse_config(printed, "test").models[0].name == "qwen"
+    both = json.loads(CliRunner().invoke(app, ["config", "from-ray-llm", str(file), "--json"]).stdout)
+    assert both["config"] == yaml.safe_load(printed)
+    assert [f"note: {line}" for line in both["changes"]] == [one for one in said.splitlines() if one.startswith("note")]
     file.write_text("engine_kwargs: {}")
     code, said = ellm("config", "from-ray-llm", str(file))
     assert code == 1 and "ray.serve.llm refuses" in said

@@ -94,6 +94,7 @@ def test_the_command_tells_what_has_moved(monkeypatch: pytest.MonkeyPatch) -> No
     result = CliRunner().invoke(app, ["migrate", "r", "b"])
     assert result.exit_code == 0
     assert "r has moved from a to b: 7 KV blocks went ahead in 2 rounds" in result.output
+    assert json.loads(CliRunner().invoke(app, ["migrate", "r", "b", "--json"]).stdout) == content
 
 
 def test_the_command_tells_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

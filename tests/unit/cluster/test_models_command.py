@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 from ray.exceptions import RayTaskError
 from starlette.applications import Starlette
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import cluster.models_api
 from cluster.cli import app
@@ -80,8 +80,15 @@ class Cluster:
 
     def ellm(self, *arguments: str) -> tuple[int, str]:
         """Exit status and everything printed of ``ellm models``."""
-        result = CliRunner().invoke(app, ["models", *arguments, "--url", self.url], env={"COLUMNS": "200"})
+        result = self._invoke(*arguments)
         return result.exit_code, result.output
+
+    def as_json(self, *arguments: str) -> Any:
+        """What ``ellm models`` prints on standard output for programs."""
+        return json.loads(self._invoke(*arguments, "--json").stdout)
+
+    def _invoke(self, *arguments: str) -> Result:
+        return CliRunner().invoke(app, ["models", *arguments, "--url", self.url], env={"COLUMNS": "200"})
 
 
 @pytest.fixture
@@ -122,6 +129,14 @@ def test_a_folder_is_added_and_removed(running: Cluster, checkpoint: Callable[..
     code, text = running.ellm("remove", "tiny")
     assert (code, "tiny is removed" in text) == (0, True)
     assert "tiny" not in running.keeper.models.names
+
+
+def test_what_has_come_and_gone_is_told_to_programs(running: Cluster, checkpoint: Callable[..., Path]) -> None:
+    """With --json standard output is the model as it serves, or the name of the one that has gone."""
+    [added] = running.as_json("add", str(checkpoint()), "--replicas", "1")
+    assert (added["name"], added["phase"]) == ("tiny", "serving")
+    assert [one["name"] for one in running.as_json("list")] == ["a", "b", "tiny"]
+    assert running.as_json("remove", "tiny") == {"removed": "tiny"}
 
 
 def test_a_section_of_a_file_is_added(running: Cluster, checkpoint: Callable[..., Path], tmp_path: Path) -> None:

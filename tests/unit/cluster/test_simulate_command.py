@@ -23,6 +23,15 @@ def test_writes_json_and_shows_a_table(tmp_path: Path) -> None:
     assert "attainment" in result.output and "TTFT" in result.output
 
 
+def test_json_is_all_that_is_printed_where_it_is_asked_for() -> None:
+    """`--json -` prints what a file would hold, and no table beside it."""
+    run = ellm("simulate", "-n", 60, "--replicas", 2, "--json", "-", "--records")
+    assert (run.exit_code, len(json.loads(run.stdout)["records"])) == (0, 60)
+    options = ("--request-rate", 20, "-n", 200, "--ttft-ms", 1000, "--tpot-ms", 50, "--step-tokens", 2048)
+    planned = ellm("plan", *options, "--json", "-")
+    assert planned.exit_code == 0 and json.loads(planned.stdout)["best"]["replicas"] >= 1
+
+
 def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
     """The same command twice, the same file."""
     files = [tmp_path / "one.json", tmp_path / "two.json"]
@@ -79,6 +88,10 @@ def test_profiles_are_listed_with_their_sources() -> None:
     result = ellm("simulate", "--gpu", "list")
     assert result.exit_code == 0
     assert "llama-3.1-8b-h100: " in result.output and "inference-sim" in result.output
+    profiles = json.loads(ellm("plan", "--gpu", "list", "--json", "-").stdout)["profiles"]
+    assert [f"{one['name']}: {one['kv_tokens']} KV tokens; {one['source']}" for one in profiles] == (
+        result.stdout.splitlines()
+    )
 
 
 @pytest.mark.parametrize(
