@@ -10,7 +10,8 @@
     +-- routing: RoutingConfig        how a replica is chosen for a request
     +-- controller: ControllerConfig  what the controller sets for every replica
 
-The docstring under a field is its documentation: ``ellm config example`` prints it. Names follow vLLM and Ray Serve
+The docstring under a field is its documentation, that of an "after" validator the rule that it holds: ``ellm config
+example`` and docs/configuration.md (``cluster.config_page``) are printed from them. Names follow vLLM and Ray Serve
 where they have one. Values are strict: text is not taken for a number. "auto" and null are both None here: the sizes
 follow from the model and the machine (``cluster.sizing``).
 """
@@ -118,6 +119,7 @@ class AutoscalingConfig(_Section):
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
+        """`max_replicas` is at least `min_replicas`."""
         least, most = self.min_replicas, self.max_replicas
         if least is not None and most is not None and least > most:
             raise ValueError(f"max_replicas ({most}) should be at least min_replicas ({least})")
@@ -190,6 +192,7 @@ class ModelConfig(_Section):
 
     @model_validator(mode="after")
     def _replicas_in_bounds(self) -> Self:
+        """`replicas` lies between `autoscaling_config.min_replicas` and `max_replicas`; left out, it follows them."""
         if not self.least_replicas <= self.replicas <= self.most_replicas:
             raise ValueError(
                 f"replicas ({self.replicas}) should be at least autoscaling_config.min_replicas "
@@ -222,6 +225,9 @@ class ModelConfig(_Section):
 
     @model_validator(mode="after")
     def _no_second_source_of_truth(self) -> Self:
+        """`engine_args` has no argument for which there is a key here, or which elastic memory needs: the error names
+        what to use instead. `max_num_batched_tokens` is at least `max_num_seqs`. With `paced_tokens_per_s`, `elastic`
+        is false."""
         for key in self.engine_args:
             if remedy := _TAKEN_ARGS.get(key):
                 raise ValueError(f"engine_args.{key} cannot be set here: {remedy}")
@@ -292,6 +298,7 @@ class HttpConfig(_Section):
 
     @model_validator(mode="after")
     def _key_has_certificate(self) -> Self:
+        """`ssl_keyfile` needs `ssl_certfile`."""
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ValueError("ssl_keyfile is of no use without ssl_certfile: name the certificate's file too")
         return self
@@ -393,6 +400,7 @@ class ClusterConfig(_Section):
 
     @model_validator(mode="after")
     def _distinct_names(self) -> Self:
+        """No two models, and no two classes, have the same name."""
         for what, names in (("models", [m.name for m in self.models]), ("slo", [s.name for s in self.slo])):
             if twice := next((name for name in names if names.count(name) > 1), None):
                 raise ValueError(f"two entries of {what} are named {twice!r}: give each its own name")
@@ -400,6 +408,7 @@ class ClusterConfig(_Section):
 
     @model_validator(mode="after")
     def _closed_to_strangers(self) -> Self:
+        """An `http.host` that others can reach needs `auth.keys_file`, or `auth.allow_open: true`."""
         if not (self.http.is_local or self.auth.keys_file or self.auth.allow_open):
             raise ValueError(
                 f"http.host {self.http.host} can be reached from other hosts, and there are no API keys: make one with "

@@ -157,7 +157,7 @@ def _example(section: BaseModel, indent: str) -> Iterator[str]:
             for entry in value:
                 yield from _entry(list(_example(entry, indent + "    ")), indent + "  ")
         else:
-            yield f"{indent}{name}: {_scalar(value, field.description or '')}"
+            yield f"{indent}{name}: {yaml_scalar(value, field.description or '')}"
         if not indent:
             yield ""
 
@@ -170,7 +170,8 @@ def _entry(lines: list[str], indent: str) -> Iterator[str]:
     yield from lines[first + 1 :]
 
 
-def _scalar(value: object, description: str) -> str:
+def yaml_scalar(value: object, description: str) -> str:
+    """``value`` as it stands in a file; ``description``, of its key, says whether None is auto there."""
     if value is None and "auto:" in description:
         return "auto"
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
