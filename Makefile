@@ -16,7 +16,7 @@ ifeq ($(EXTRA),cpu)
 TORCH_FROM := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)",UV_TORCH_BACKEND=cpu)
 endif
 
-.PHONY: serve setup test test-full lint audit format bench-overhead bench-elastic bench-simulator bench-slo bench-serving-path gpu-check helm clean
+.PHONY: serve setup test test-full lint audit docs pages format bench-overhead bench-elastic bench-simulator bench-slo bench-serving-path gpu-check helm clean
 .DEFAULT_GOAL := serve
 
 # grafana-client brings urllib3-future, whose wheel overwrites urllib3; built like this it lies beside it.
@@ -60,6 +60,15 @@ audit: setup ## Known vulnerabilities of what is installed; needs to reach osv.d
 	@VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(BIN)/uv pip install --quiet --group audit
 	$(BIN)/pip-audit -s osv --skip-editable --progress-spinner off $(ARGS)
 
+docs: setup ## The documentation as a site, into site/; a wrong link fails it
+	@VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(BIN)/uv pip install --quiet --group docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean $(ARGS)
+
+pages: setup ## Print the pages of docs/ that come from the code
+	$(BIN)/python -m dashboards.metrics_page > docs/metrics.md
+	$(BIN)/python -m cluster.config_page > docs/configuration.md
+	$(BIN)/python -m cluster.cli_page > docs/cli.md
+
 format: setup ## Let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -84,5 +93,5 @@ gpu-check: ## On a machine with an NVIDIA GPU: its tests, and what mapping costs
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
 
 clean: ## Remove the environment and what tools left; the model cache stays
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
