@@ -1,8 +1,7 @@
-"""Clients that mean ill, or are broken: heads without end, slow ones, answers that nobody reads, too many connections,
-bodies that cost more than they should; and TLS."""
+"""Clients that mean ill, or are broken: heads without end, slow ones, answers that nobody reads, too many connections;
+and TLS."""
 
 import asyncio
-import json
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -13,8 +12,6 @@ from typing import Any
 import httpx
 import pytest
 import trustme
-from hypothesis import given
-from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
@@ -22,7 +19,6 @@ from starlette.routing import Route
 
 from cluster import http_server
 from cluster.api_client import api_client
-from cluster.body_limits import NESTED_MOST, BodyLimits
 from cluster.config import HttpLimits
 from cluster.http_server import Certificate, HttpServer
 from tests.unit.cluster.test_http_server import DEADLINE_S, ask, free_port
@@ -209,85 +205,6 @@ async def test_requests_beyond_the_limit_are_refused_with_503() -> None:
         assert sum(head.startswith(b"HTTP/1.1 503") for head in heads) == 50
         for _, writer in idle:
             writer.transport.abort()
-
-
-# Bodies
-
-
-def api(limits: HttpLimits) -> httpx.AsyncClient:
-    async def echo(request: Request) -> Response:
-        return Response(await request.body())
-
-    app = Starlette(routes=[Route("/v1/completions", echo, methods=["POST"])])
-    app.add_middleware(BodyLimits, max_body_bytes=limits.max_body_bytes, max_sequences=limits.max_sequences)
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api")
-
-
-@pytest.mark.parametrize("announced", [True, False])
-async def test_a_body_beyond_the_bound_is_413(announced: bool) -> None:
-    """Whether its length is announced or not; one that just fits passes unchanged."""
-
-    async def pieces(size: int) -> AsyncIterator[bytes]:
-        for _ in range(0, size, 256):
-            yield b" " * 256
-
-    async with api(HttpLimits(max_body_bytes=2048)) as http:
-        for size, status in ((2048, 200), (2304, 413)):
-            answer = await http.post("/v1/completions", content=b" " * size if announced else pieces(size))
-            assert answer.status_code == status
-            assert len(answer.content) == 2048 if status == 200 else "2048 bytes" in answer.json()["error"]["message"]
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        {"prompt": "a", "n": 9}, {"prompt": ["a"] * 9}, {"prompt": [[1]] * 9}, {"prompt": ["a"] * 3, "n": 3},
-        {"prompt": "a", "best_of": 9}, {"prompt": "a", "n": 10**30}, {"messages": [[{}]] * 9},
-    ],
-)  # fmt: skip
-async def test_too_many_answers_are_refused(body: dict[str, Any]) -> None:
-    """Prompts times n."""
-    async with api(HttpLimits(max_sequences=8)) as http:
-        answer = await http.post("/v1/completions", json=body)
-        assert answer.status_code == 400
-        assert "max_sequences allows 8" in answer.json()["error"]["message"]
-
-
-@pytest.mark.parametrize(
-    "body", [{"prompt": list(range(1000))}, {"messages": [{"role": "user"}] * 50}, {"n": "9"}, [1], {}]
-)
-async def test_what_is_one_answer_passes(body: Any) -> None:
-    """A prompt of many tokens, a long conversation, and what the application is to judge."""
-    async with api(HttpLimits(max_sequences=8)) as http:
-        assert (await http.post("/v1/completions", json=body)).json() == body
-
-
-@pytest.mark.parametrize("piece", [b"[", b'{"a":', b'{"a":[', b'"[" ,['])
-async def test_bodies_nested_without_end_are_refused(piece: bytes) -> None:
-    """Before any parser recurses into them."""
-    async with api(HttpLimits()) as http:
-        for depth in (200, 100_000):
-            answer = await http.post("/v1/completions", content=piece * depth)
-            assert (answer.status_code, "deep" in answer.text) == (400, True)
-
-
-@given(st.text(alphabet='[]{}"\\a ,', max_size=600))
-async def test_brackets_in_strings_are_no_nesting(text: str) -> None:
-    """A prompt of brackets is a prompt."""
-    async with api(HttpLimits()) as http:
-        body = json.dumps({"prompt": text, "a": [[1]] * NESTED_MOST}).encode()
-        assert (await http.post("/v1/completions", content=body)).content == body
-
-
-async def test_looking_for_nesting_takes_no_longer_for_bad_bodies() -> None:
-    """Strings that do not end, and quotes and backslashes in a row, are looked at once."""
-    async with api(HttpLimits()) as http, asyncio.timeout(DEADLINE_S):
-        for body in (
-            b"[]" * 100 + b'"' + b'\\"' * 1_000_000,
-            b"[]" * 100 + b'"' + b"\\" * 2_000_001,
-            b'[]""' * 500_000,
-        ):
-            assert (await http.post("/v1/completions", content=body)).content == body
 
 
 # TLS
