@@ -3,8 +3,9 @@
     keys:
     - {id: 3f2a9c1b04d7, sha256: 9c56..., tenant: acme, scopes: [inference], slo_classes: [interactive, batch]}
 
-It holds digests, no keys. A change counts within seconds; a file that has become unreadable or wrong changes nothing,
-so that a slip of the pen locks nobody out, and is logged.
+It holds digests, no keys, so others may read it, as a mounted Secret of Kubernetes; who may write it could let himself
+in. A change counts within seconds; a file that has become unreadable or wrong changes nothing, so that a slip of the
+pen locks nobody out, and is logged.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from cluster.api_key import ApiKey
 from memory_agent.errors import SettingsError
 
 Stamp = tuple[int, int, int]
-"""Changes when the file does: its inode, size and time of change."""
+"""Changes when the file or its mode does: its inode, size and time of change."""
 
 
 class KeyFileError(SettingsError):
@@ -40,8 +41,7 @@ def read_keys(path: Path, classes: Sequence[str] | None = None) -> list[ApiKey]:
     KeyFileError."""
     try:
         with path.open(encoding="utf-8") as file:
-            if os.fstat(file.fileno()).st_mode & stat.S_IWOTH:
-                raise KeyFileError(f"anybody may change {path}, and so let himself in: chmod o-w {path}")
+            _check_closed(path, os.fstat(file.fileno()))
             content = _Content.model_validate(yaml.safe_load(file) or {})
     except FileNotFoundError as error:
         raise KeyFileError(
@@ -62,13 +62,31 @@ def read_keys(path: Path, classes: Sequence[str] | None = None) -> list[ApiKey]:
     return content.keys
 
 
+def _check_closed(path: Path, state: os.stat_result) -> None:
+    """Raises KeyFileError where others than the owner can change the file, or put another in its place.
+
+    That takes its folder, and the folder of a link to it. A sticky folder keeps everybody's files theirs: a mounted
+    Secret is links in one. A group that has its owner's number is the owner's own, as most Linux systems make one for
+    each user and let it write what he makes (umask 002).
+    """
+    if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise KeyFileError(f"others may change {path}, and so let themselves in: chmod go-w {path}")
+    for folder in {path.absolute().parent, path.resolve().parent}:
+        around = folder.stat()
+        own_group = around.st_gid == around.st_uid
+        if not around.st_mode & stat.S_ISVTX and around.st_mode & (stat.S_IWOTH | (0 if own_group else stat.S_IWGRP)):
+            raise KeyFileError(
+                f"others may put another file in the place of {path}, and so let themselves in: chmod go-w {folder}"
+            )
+
+
 def stamp(path: Path) -> Stamp | None:
     """None where there is no such file now."""
     try:
         state = path.stat()
     except OSError:
         return None
-    return state.st_ino, state.st_size, state.st_mtime_ns
+    return state.st_ino, state.st_size, state.st_ctime_ns
 
 
 @contextlib.contextmanager

@@ -39,6 +39,8 @@ class KeyRing:
         """
         self._path, self._classes, self._ingresses, self._own = path, classes, ingresses, own
         self._stamp: Stamp | None = None
+        self._wrong = ""
+        """What was wrong with the file at the last look."""
         self._callers: dict[str, Caller] = {}
         self._keys: dict[str, ApiKey] = {}
         self._read()
@@ -55,22 +57,26 @@ class KeyRing:
             await asyncio.to_thread(self.refresh)
 
     def refresh(self) -> None:
-        """Read the file if it has changed; what is wrong with it is logged, once, and changes nothing."""
+        """Read the file if it has changed; what is wrong with it is logged, once, and changes nothing. It is looked at
+        again until it is right: what was wrong can be its folder's mode."""
         if stamp(self._path) == self._stamp:
             return
         try:
             self._read()
+            self._wrong = ""
             logger.info("%s has %d keys now", self._path, len(self._keys) - len(self._own))
         except KeyFileError as error:
-            logger.error("the API keys stay as they were: %s", error)
+            if str(error) != self._wrong:
+                logger.error("the API keys stay as they were: %s", error)
+            self._wrong = str(error)
 
     def _read(self) -> None:
-        self._stamp = stamp(self._path)
+        seen = stamp(self._path)
         keys = {key.id: key for key in (*read_keys(self._path, self._classes), *self._own)}
         # A key whose quotas are as they were goes on with what is left of them.
         known = self._callers
         self._callers = {name: self._caller(key, known.get(name)) for name, key in keys.items()}
-        self._keys = keys
+        self._keys, self._stamp = keys, seen
 
     def _caller(self, key: ApiKey, before: Caller | None) -> Caller:
         same = before is not None and _quotas(before.key) == _quotas(key)

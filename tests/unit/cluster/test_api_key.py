@@ -82,13 +82,60 @@ def test_the_file_holds_no_key(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["keys.yaml"], "no draft is left"
 
 
-def test_a_file_that_anybody_may_change_is_refused(tmp_path: Path) -> None:
-    """Who can write it could let himself in."""
+@pytest.mark.parametrize("mode", [0o666, 0o620, 0o602, 0o660])
+def test_a_file_that_others_may_change_is_refused(tmp_path: Path, mode: int) -> None:
+    """Who can write it could let himself in; what helps is told, and does."""
     path = tmp_path / "keys.yaml"
     write(path, KEY)
-    path.chmod(0o666)
-    with pytest.raises(KeyFileError, match="chmod o-w"):
+    path.chmod(mode)
+    with pytest.raises(KeyFileError, match=f"chmod go-w {path}"):
         read_keys(path)
+    with pytest.raises(KeyFileError, match="chmod go-w"), changing(path):
+        pass
+    path.chmod(mode & ~0o022)
+    assert read_keys(path) == [KEY]
+
+
+@pytest.mark.parametrize(("mode", "group", "closed"), [
+    (0o777, 0, False), (0o707, 0, False), (0o775, 1, False), (0o2770, 1, False),
+    (0o775, 0, True), (0o1777, 1, True), (0o3777, 1, True), (0o755, 1, True),
+])  # fmt: skip
+def test_a_file_that_others_may_replace_is_refused(tmp_path: Path, mode: int, group: int, closed: bool) -> None:
+    """Its folder counts, and a link's: neither may be written by others, but for sticky folders and the owner's own
+    group."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "a/keys.yaml", KEY)
+    (tmp_path / "b/keys.yaml").symlink_to(tmp_path / "a/keys.yaml")
+    own, numbers = os.getuid(), os.getgroups()
+    wanted = own if group == 0 else next((number for number in numbers if number != own), own + 1)
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        try:
+            os.chown(folder, -1, wanted)
+        except PermissionError:
+            pytest.skip(f"this user may not give a folder to group {wanted}")
+        folder.chmod(mode)
+        if closed:
+            assert read_keys(tmp_path / "b/keys.yaml") == [KEY]
+        else:
+            with pytest.raises(KeyFileError, match=f"chmod go-w {folder}$"):
+                read_keys(tmp_path / "b/keys.yaml")
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o440])
+def test_a_mounted_secret_is_taken(tmp_path: Path, mode: int) -> None:
+    """As Kubernetes mounts one: links to links in a folder that is sticky and open to all, files that a group may
+    read."""
+    mount, current = tmp_path / "mount", "..2026_01_01_00_00_00.1"
+    (mount / current).mkdir(parents=True)
+    write(mount / current / "keys.yaml", KEY)
+    (mount / current / "keys.yaml").chmod(mode)
+    (mount / current).chmod(0o2755)
+    (mount / "..data").symlink_to(current)
+    (mount / "keys.yaml").symlink_to("..data/keys.yaml")
+    mount.chmod(0o3777)
+    assert read_keys(mount / "keys.yaml") == [KEY]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +184,30 @@ def test_a_change_counts_without_a_restart(tmp_path: Path) -> None:
     again = ring.find(text.encode())
     assert again is not None
     assert again.quota.enter(0.0) is not None, "its quota was not filled up by the change"
+
+
+def test_a_file_that_was_opened_to_others_counts_again_when_it_is_closed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Meanwhile the keys stay as they were, and the log says why, once."""
+    path = tmp_path / "keys.yaml"
+    write(path, KEY)
+    ring = KeyRing(path, [])
+    text, key = new_key(tenant="beta")
+    for open_to_others, close in ((path, 0o600), (tmp_path, 0o755)):
+        write(path, KEY, key)
+        open_to_others.chmod(0o777)
+        caplog.clear()
+        for _ in range(3):
+            ring.refresh()
+        assert [record.message.count(f"chmod go-w {open_to_others}") for record in caplog.records] == [1]
+        assert ring.find(TEXT.encode())
+        assert ring.find(text.encode()) is None
+        open_to_others.chmod(close)
+        ring.refresh()
+        assert ring.find(text.encode())
+        write(path, KEY)
+        ring.refresh()
 
 
 def test_the_files_owner_survives_many_writers(tmp_path: Path) -> None:
