@@ -81,6 +81,15 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
+def _printable(name: str) -> str:
+    """Raises ValueError for a name that a log or a terminal would take for more than a name, and no path can have."""
+    if odd := next((sign for sign in name if not sign.isprintable()), None):
+        raise ValueError(
+            f"should have printable characters alone, found {odd!r}; a model whose folder is named so needs the key name"
+        )
+    return name
+
+
 def _auto(value: object) -> object:
     return None if value == "auto" else value
 
@@ -129,8 +138,9 @@ class AutoscalingConfig(_Section):
 class ModelConfig(_Section):
     """One model and its replicas."""
 
-    name: str = Field(default=DEFAULT_MODEL_NAME, min_length=1, max_length=100)
-    """Name that requests use as "model". Left out: the hub id, or the last part of the folder's path."""
+    name: Annotated[str, AfterValidator(_printable)] = Field(default=DEFAULT_MODEL_NAME, min_length=1, max_length=100)
+    """Name that requests use as "model": printable characters, it is a part of paths, logs and metrics. Left out: the
+    hub id, or the last part of the folder's path."""
     source: str = Field(default="default", min_length=1)
     """Folder of a checkpoint (config.json, *.safetensors, tokenizer), a hub id such as "Qwen/Qwen3-0.6B", or
     "default"."""
