@@ -2,7 +2,15 @@
 values that make no sense. Nothing that a client sends is an error of ours (5xx), hangs, or leaves something behind."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import ctypes
+import gc
+import itertools
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,6 +32,17 @@ DEADLINE_S = 30.0
 QUIET = settings(
     max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True
 )
+CASES = 25
+"""Of each operation."""
+RIGHT = {"model": MODEL, "max_tokens": 2, "max_output_tokens": 2, "prompt": "w3", "input": "w3"} | {
+    "messages": [{"role": "user", "content": "w3"}]
+}
+ODD_BYTES = [
+    b"", b"", b"0", b"-", b"9" * 20, b"1e400", b"NaN", b'"', b"\\", b"\\ud800", b"\x00", b"\xff", b"{}", b"[", b"]",
+    b"}", b",", b":", b"null", b"true", b'"n": "9", ', b'"a": [[]], ', "ä😀".encode(), b"\xed\xa0\x80",
+]  # fmt: skip
+SLACK_BYTES, BYTES_A_REQUEST = 24 << 20, 256
+"""Memory that allocators and caches may take after the first third of the requests."""
 SLO_HEADERS = ("x-slo-class", "x-slo-ttft-ms", "x-slo-tpot-ms", "x-tenant-id", "x-session-id", "x-request-id")
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -95,10 +114,8 @@ FIELDS = """
 )
 async def test_no_values_break_a_request(api: Front, path: str, wrong: dict[str, Any]) -> None:
     """Values of any kind in the fields that the API knows, beside a request that is right."""
-    right = {"model": MODEL, "max_tokens": 2, "max_output_tokens": 2}
-    right |= {"prompt": "w3", "input": "w3", "messages": [{"role": "user", "content": "w3"}]}
     try:
-        answer = await ask(api, "POST", path, json=right | wrong)
+        answer = await ask(api, "POST", path, json=RIGHT | wrong)
     except ValueError:  # what is no JSON (NaN) is not sent
         return
     assert answer.status_code < 500, f"{path} {wrong}: {answer.text}"
@@ -114,40 +131,86 @@ async def test_no_bytes_break_a_request(api: Front, body: bytes, kind: str) -> N
 
 
 @pytest.mark.slow
-async def test_the_api_keeps_to_its_own_description(api: Front) -> None:
-    """Requests that are made from vLLM's OpenAPI document, right and wrong ones."""
+async def test_the_api_keeps_to_its_own_description(api: Front, pytestconfig: pytest.Config) -> None:
+    """Requests that are made from vLLM's OpenAPI document, right and wrong ones, then others like them: no error of
+    ours, no hang, and no more memory after many than after a few."""
+    wanted: int = pytestconfig.getoption("fuzz_requests")
     document = (await ask(api, "GET", "/openapi.json")).json()
-    schema = schemathesis.openapi.from_dict(document)
-    broken: list[str] = []
-    for found in schema.get_all_operations():
+    cases = [case for found in schemathesis.openapi.from_dict(document).get_all_operations() for case in _drawn(found)]
+    assert len({case["path"] for case in cases}) > 10
+    statuses, broken, warm_at, warm_bytes, sent = Counter[int](), list[str](), wanted // 3, 0, 0
+    for request in itertools.islice(itertools.chain(cases, _like(cases, random.Random(0))), max(wanted, len(cases))):
         try:
-            operation = found.ok()
-        except InvalidSchema:
+            answer = await ask(api, **request)
+        except (TypeError, ValueError, httpx.InvalidURL):  # cannot be put into a request
             continue
-        for case in _drawn(operation.as_strategy()):
-            request = case.as_transport_kwargs(base_url="http://api")
-            if isinstance(body := request.get("json"), dict) and body.get("use_beam_search"):
-                continue  # it needs log probabilities, which played replicas do not send
-            try:
-                answer = await ask(api, **_sendable(request))
-            except (TypeError, ValueError, httpx.InvalidURL):  # cannot be put into a request
-                continue
-            if answer.status_code >= 500 and not _is_deliberate(answer):
-                broken.append(f"{request}: {answer.status_code} {answer.text[:300]}")
-    assert not broken, "\n".join(broken[:10])
+        sent += 1
+        statuses[int(answer.status_code)] += 1
+        if answer.status_code >= 500 and not _is_deliberate(answer):
+            broken.append(f"{request}: {answer.status_code} {answer.text[:300]}")
+        if sent == warm_at:
+            warm_bytes = _resident_bytes()
+    grown = _resident_bytes() - warm_bytes
+    print(  # noqa: T201  # what `make fuzz` is run for
+        f"\n{sent} requests, answers {dict(sorted(statuses.items()))}; {warm_bytes >> 20} MiB resident after {warm_at} "
+        f"requests, {grown / 2**20:+.1f} MiB since"
+    )
+    assert not broken, f"{len(broken)} such as\n" + "\n".join(broken[:10])
+    assert statuses[200] > sent // 20, "some make sense"
+    assert grown < SLACK_BYTES + BYTES_A_REQUEST * (sent - warm_at)
 
 
-def _drawn(strategy: st.SearchStrategy[Any]) -> list[Any]:
-    """Cases of an operation. Sent afterwards: hypothesis runs no coroutine inside a loop that runs."""
-    cases: list[Any] = []
+def _drawn(found: Any) -> list[dict[str, Any]]:
+    """Requests of an operation. Sent afterwards: hypothesis runs no coroutine inside a loop that runs."""
+    requests: list[dict[str, Any]] = []
+    try:
+        strategy = found.ok().as_strategy()
+    except InvalidSchema:
+        return []
 
-    @settings(QUIET, max_examples=60)
+    @settings(QUIET, max_examples=CASES)
     @given(strategy)
     def draw(case: Any) -> None:
-        cases.append(case)
+        request = _sendable(case.as_transport_kwargs(base_url="http://api"))
+        if isinstance(request.get("json"), dict):
+            request["json"].pop(
+                "use_beam_search", None
+            )  # it needs log probabilities, which played replicas do not send
+        requests.append(request)
 
     draw()
-    return cases
+    return requests
+
+
+def _like(cases: list[dict[str, Any]], dice: random.Random) -> Iterator[dict[str, Any]]:
+    """Without end: requests with fields of others, headers of any kind, and bytes of their bodies changed."""
+    bodies = [case["json"] for case in cases if case.get("json") and isinstance(case["json"], dict)]
+    while True:
+        request = dict(dice.choice(cases))
+        body = request.pop("json", None)
+        headers = httpx.Headers(request.get("headers"))
+        for _ in range(dice.choice([0, 0, 1, 3])):
+            headers[dice.choice(SLO_HEADERS)] = dice.choice(["batch", "standard", "1e400", "-0", "nan", "5", "a" * 300])
+        if isinstance(body, dict):
+            body = dice.choice([body, RIGHT | body, body | RIGHT, RIGHT])
+            for _ in range(dice.choice([0, 1, 1, 3])):
+                other = dice.choice(bodies)
+                name = dice.choice(sorted(other))
+                body = body | {name: other[name]}
+            content = bytearray(json.dumps(body).encode())
+            for _ in range(dice.choice([0, 0, 0, 1, 3])):
+                at = dice.randint(0, len(content))
+                content[at : at + dice.choice([0, 1, 8])] = dice.choice(ODD_BYTES)
+            headers["content-type"] = "application/json"
+            request["content"] = bytes(content)
+        yield request | {"headers": headers}
+
+
+def _resident_bytes() -> int:
+    """Of this process, without what only waits to be collected or given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _sendable(request: dict[str, Any]) -> dict[str, Any]:
