@@ -85,7 +85,7 @@ def _printable(name: str) -> str:
     """Raises ValueError for a name that a log or a terminal would take for more than a name, and no path can have."""
     if odd := next((sign for sign in name if not sign.isprintable()), None):
         raise ValueError(
-            f"should have printable characters alone, found {odd!r}; a model whose folder is named so needs the key name"
+            f"should have printable characters alone, found {odd!r}; where it is the source's name set the key name"
         )
     return name
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 from ray.exceptions import ActorDiedError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import LogprobsLists
 
 from cluster.route import News, Route
 from replicas.channel_wire import InboxAddress
@@ -64,15 +66,16 @@ class FakeCall:
         return self._play().__await__()
 
     async def _play(self) -> None:
-        request_id = self.codec.decode_request(self.frames).request_id
+        asked = self.codec.decode_request(self.frames)
+        request_id = asked.request_id
         with self.lane as lane:
             for step in self.script:
                 await asyncio.sleep(0)
                 if isinstance(step, int) or step == "finish":
                     reason = FinishReason.LENGTH if step == "finish" else None
-                    lane.put(
-                        EngineCoreOutput(request_id, [step] if isinstance(step, int) else [], finish_reason=reason)
-                    )
+                    tokens = [step] if isinstance(step, int) else []
+                    logprobs = _logprobs(asked.sampling_params, tokens)
+                    lane.put(EngineCoreOutput(request_id, tokens, logprobs, finish_reason=reason))
                     continue
                 async with asyncio.timeout(10):
                     while not lane.idle:  # noqa: ASYNC110  # plain state of the product, without an event
@@ -86,6 +89,14 @@ class FakeCall:
                 if step == "cancel":
                     raise asyncio.CancelledError
             await lane.ended
+
+
+def _logprobs(params: SamplingParams | None, tokens: list[int]) -> LogprobsLists | None:
+    """All of them equally likely, where they are asked for."""
+    if params is None or params.logprobs is None or not tokens:
+        return None
+    ids = np.array([[token, *range(max(0, params.logprobs))] for token in tokens])
+    return LogprobsLists(ids, np.full(ids.shape, -1.0, np.float32), np.ones(len(tokens), int))
 
 
 @dataclass

@@ -93,6 +93,16 @@ async def test_no_headers_break_a_request(api: Front, headers: list[tuple[str, b
     assert ("choices" if answer.status_code == 200 else "error") in answer.json()
 
 
+@pytest.mark.parametrize("logprobs", [True, 1, 5])
+async def test_log_probabilities_are_played_too(api: Front, logprobs: int) -> None:
+    """So that fuzzing asks for them."""
+    body = RIGHT | {"logprobs": logprobs}
+    answer = await ask(api, "POST", "/v1/completions", json=body)
+    assert answer.json()["choices"][0]["logprobs"]["token_logprobs"] == [-1.0]
+    answer = await ask(api, "POST", "/v1/chat/completions", json=body | {"logprobs": True, "top_logprobs": 2})
+    assert answer.json()["choices"][0]["logprobs"]["content"][0]["logprob"] == -1.0
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
