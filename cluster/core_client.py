@@ -7,14 +7,16 @@ The call to the replica lasts as long as the request and returns nothing: it is 
 requests, cancels one, and notices that a replica has died. Outputs come over the replica's channel
 (``cluster.output_inbox``), and the call returns when all have been received.
 
-A relay holds the prompt and the token ids so far. A replica that dies, or does not answer before a request's first
-token (``cluster.attempt_watch``), costs a retry on another one, which goes on after the last token
+A relay (``cluster.relay``) holds the prompt and the token ids so far. A replica that dies, or does not answer before a
+request's first token (``cluster.attempt_watch``), costs a retry on another one, which goes on after the last token
 (``cluster.continuation``). Retries are bounded while no token comes, so that a request that kills its replicas ends
 with an error, in vLLM's form; so does one that cannot be continued. Each attempt has a ``Route``, by which it and the
 router know of each other.
 
 A relay goes through the model's door (``cluster.door``), which may let it wait, before it goes to a replica. Where the
 cluster ends a request by itself, refused or past its deadline, vLLM sees an abort, and the HTTP layer says why.
+
+Requests move between replicas (``cluster.mover``), by hand and where a replica is to be empty (``cluster.evacuation``).
 """
 
 import asyncio
@@ -24,8 +26,8 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -42,89 +44,32 @@ from vllm.v1.engine.core_client import AsyncMPClient
 
 from cluster.attempt_watch import unanswered
 from cluster.bench.report import Slo
-from cluster.continuation import continued, why_final
+from cluster.continuation import continued
 from cluster.door import Door
 from cluster.engine_slots import EngineSlots
-from cluster.migration import Migrated, MigrationError, Rounds
+from cluster.errands import Errands
+from cluster.evacuation import Evacuation
+from cluster.migration import MigrationError
+from cluster.mover import Migrated, Mover, Trigger
 from cluster.output_inbox import OutputInbox
 from cluster.prediction import PredictionError
 from cluster.prompt_prefix import prefix_ids, prompt_length
+from cluster.relay import Relay
 from cluster.request_slo import CURRENT, Part
 from cluster.route import Route
 from cluster.routing_policy import RouteRequest
 from cluster.tenancy import tenant_salt
 from replicas.channel_wire import InboxAddress
-from replicas.hop import TPOT_TARGET_ARG, TTFT_TARGET_ARG, HopCodec
-from replicas.migration_words import MOVED_PARAM, Arrival, Moved, with_word, without_words
+from replicas.hop import Frames, HopCodec
+from replicas.migration_words import MOVED_PARAM, Arrival, Moved, with_word
 from replicas.replica import ReplicaInfo, ReplicaStats
 
 logger = logging.getLogger("ray.serve")
 
-RETRIES = 2
-"""Of a request that gets no token meanwhile."""
-ATTEMPTS_MOST = 8
-"""Of any request: one that kills its replica after a token each time must not go on for ever."""
 POLL_PERIOD_S = 1.0
 POLL_TIMEOUT_S = 3.0
 STALE_AFTER_S = 15.0
 WATCH_PERIOD_S = 0.5
-ERRAND_S = 10.0
-"""For a replica to do its part of a migration's round."""
-
-
-@dataclass
-class Relay:
-    """One request on its way: enough to send it again."""
-
-    request: EngineCoreRequest
-    part: Part
-    """Of the HTTP request whose context it came in: its targets are ``part.request.slo``."""
-    task: "asyncio.Task[None] | None" = None
-    token_ids: list[int] = field(default_factory=list)
-    """Output ids received so far; prompt and these are what another replica would need to go on."""
-    finished: bool = False
-    fault: str | None = None
-    """What is wrong with its outputs, or with its replica, where something is."""
-    retries_left: int = RETRIES
-    attempts: int = 0
-    base: int = 0
-    """Tokens that there were when the present attempt began."""
-    route: Route | None = None
-    """Of the present attempt; ticket: likewise."""
-    ticket: int = 0
-    given_up: bool = False
-    """The present attempt is being cancelled for its fault, and not by the client."""
-    seen: int = 0
-    """Tokens at the last look of ``cluster.attempt_watch``."""
-    destination: str | None = None
-    """The replica that it is being moved to."""
-    moved: Moved | None = None
-    """Its replica has let it go, and no attempt has followed yet."""
-    landed: asyncio.Event = field(default_factory=asyncio.Event)
-    """After it has moved it has brought a token, or has ended."""
-
-    @property
-    def has_answered(self) -> bool:
-        """The present attempt has brought a token."""
-        return len(self.token_ids) > self.base
-
-    @property
-    def is_last_attempt(self) -> bool:
-        """No other may follow the present one, unless it brings a token."""
-        return not self.retries_left or self.attempts == ATTEMPTS_MOST
-
-    def is_at(self, replica: str) -> bool:
-        """The present attempt runs, or is meant to run, there."""
-        standing = self.route.replica if self.route is not None else None
-        return standing is not None and standing.replica_id == replica
-
-    def why_over(self) -> str | None:
-        """Why the attempt that has failed was the last; None where another one may help."""
-        if self.has_answered:
-            self.retries_left = RETRIES
-        if self.is_last_attempt:
-            return f"{self.attempts} attempts have failed"
-        return why_final(self.request) if self.token_ids else None
 
 
 @dataclass
@@ -138,9 +83,9 @@ class ClusterCore:
     """The replicas of one model as one engine core. Belongs to the event loop it is built on.
 
     Attributes:
-        reachable: replicas that answered the last poll.
-        retried: requests sent again before their first token; continued: likewise, after it; migrated: requests that
-            have left their replica for another one.
+        replicas: those that answered the last poll, as they were then; reachable: how many.
+        retried: requests sent again before their first token; continued: likewise, after it.
+        mover: what became of migrations; stays: why a request stays at a replica that is to be empty, by its id.
         ttft_error, tpot_error: of what the router has predicted.
     """
 
@@ -167,7 +112,8 @@ class ClusterCore:
         self.resources = CoreResources()
         self.engine_ranks_managed = list(range(replicas))
         self.reachable = replicas
-        self.retried = self.continued = self.migrated = 0
+        self.replicas: list[ReplicaStats] = []
+        self.retried = self.continued = 0
         self.ttft_error, self.tpot_error = PredictionError(), PredictionError()
         self._model = model
         self._name = uuid4().hex
@@ -178,12 +124,15 @@ class ClusterCore:
         self._may_rest = may_rest
         self._start: asyncio.Task[Any] | None = None
         self._codec = HopCodec()
-        self._inbox = OutputInbox(self._receive)
         self._address: InboxAddress | None = None
         self._relays: dict[str, Relay] = {}
         self._by_ticket: dict[int, Relay] = {}
-        self._errands: dict[int, asyncio.Future[tuple[str, EngineCoreOutput]]] = {}
         self._tickets = itertools.count(1)
+        self._inbox = OutputInbox(self._receive, lambda replica: self._errands.lost(replica))
+        self._errands = Errands(self._inbox, self._call, self._tickets)
+        self.mover = Mover(model, self._relays, self._errands, lambda: self._slots.owners.values(), info.block_tokens)
+        self._evacuation = Evacuation(self.mover, self._relays, self._recall)
+        self._shut: set[str] = set()
         self._outputs: list[EngineCoreOutput] = []
         self._stats: deque[EngineCoreOutputs] = deque()
         self._wake = asyncio.Event()
@@ -238,12 +187,17 @@ class ClusterCore:
         self.resources.engine_dead = True
         for task in (*self._tasks, *([self._start] if self._start is not None else [])):
             task.cancel()
+        self._evacuation.close()
         self.door.close()
         self._inbox.close()
         for relay in self._relays.values():
             if relay.task is not None:
                 relay.task.cancel()
         self._relays.clear()
+
+    @property
+    def stays(self) -> dict[str, str]:
+        return self._evacuation.stays
 
     @property
     def replica_numbers(self) -> dict[int, str]:
@@ -312,9 +266,9 @@ class ClusterCore:
                 return
             owner = relay.part.request
             slo = owner.slo if owner is not None else Slo()
-            _tell_engine(relay.request, slo)
+            relay.tell_engine(slo)
             while (error := await self._try_once(relay, slo)) is not None:
-                if relay.moved is not None:
+                if relay.moved is not None or relay.recalled:
                     continue
                 tokens = len(relay.token_ids)
                 if (why := relay.why_over()) is not None:
@@ -344,8 +298,8 @@ class ClusterCore:
         owner = relay.part.request
         session = (owner.tenant, owner.session) if owner is not None and owner.session else None
         asks = RouteRequest(prompt_length(request), prefix_ids(request), slo, session)
-        relay.ticket, relay.route = next(self._tickets), Route(asks)
-        relay.fault, relay.given_up = None, False
+        relay.ticket, relay.route = next(self._tickets), Route(asks, shut=self._shut)
+        relay.fault, relay.given_up, relay.recalled = None, False, False
         relay.attempts, relay.base = relay.attempts + 1, len(relay.token_ids)
         if (moved := relay.moved) is not None and request.sampling_params is not None:
             word = Arrival(moved.origin, moved.move, moved.computed)
@@ -353,9 +307,7 @@ class ClusterCore:
             relay.route.to, relay.moved, relay.attempts = relay.destination, None, relay.attempts - 1
         self._by_ticket[relay.ticket] = relay
         error: Exception | None = None
-        call: Any = self._generate.remote(
-            self._codec.encode_request(request), self._address, relay.ticket, route=relay.route
-        )
+        call = self._call(self._codec.encode_request(request), relay.ticket, relay.route)
         try:
             await call
         except asyncio.CancelledError:
@@ -369,7 +321,7 @@ class ClusterCore:
             error = caught
         finally:
             self._by_ticket.pop(relay.ticket, None)  # what is still on its way from this replica is nobody's any more
-            if error is not None and not relay.has_answered:
+            if error is not None and not relay.has_answered and not relay.recalled:
                 relay.route.failed()
             relay.route.ended(len(relay.token_ids) - relay.base)
         if relay.finished:
@@ -377,89 +329,52 @@ class ClusterCore:
             return None
         return error or RuntimeError(relay.fault or "the replica ended the request early")
 
+    def _call(self, frames: Frames, ticket: int, route: Route) -> Any:
+        """A replica's ``generate``, of the one that the router chooses."""
+        return self._generate.remote(frames, self._address, ticket, route=route)
+
+    def _give_up(self, relay: Relay, fault: str) -> None:
+        """End its present attempt, which has that fault."""
+        if relay.task is not None and not relay.given_up:
+            relay.fault, relay.given_up = fault, True
+            self._by_ticket.pop(relay.ticket, None)
+            relay.task.cancel()
+
     # Migration
 
+    def _recall(self, relay: Relay, why: str) -> None:
+        """End its present attempt, which has no fault."""
+        relay.recalled = True
+        self._give_up(relay, why)
+
     async def migrate(self, request_id: str, to: str) -> Migrated:
-        """Move a running request to the replica ``to`` while its tokens stream; returns when it has a token from there,
-        or has ended. Raises MigrationError: it goes on where it is."""
-        relay = self._movable(request_id, to)
-        assert relay.route is not None and relay.route.replica is not None
-        source = relay.route.replica.replica_id
-        rounds = Rounds(self._run_at, relay.request, relay.token_ids, source, to, self._info.block_tokens)
-        relay.destination = to
-        relay.landed.clear()
-        try:
-            await rounds.push()
-            await rounds.switch()
-            await asyncio.wait_for(relay.landed.wait(), ERRAND_S)
-        except TimeoutError:
-            raise MigrationError(f"{to} has brought no token after {ERRAND_S:.0f} s; it may go on elsewhere") from None
-        finally:
-            relay.destination = None
-            await rounds.end()
-        return Migrated(request_id, source, to, rounds.ahead, rounds.done)
+        """Move a running request to the replica ``to``, as somebody has asked. Raises MigrationError: it goes on where
+        it is."""
+        return await self.mover.move(request_id, to)
 
-    def has(self, request_id: str) -> bool:
-        """A request of this id runs here."""
-        return bool(self._named(request_id))
-
-    def _named(self, request_id: str) -> list[Relay]:
-        """The relays of a request: vLLM makes one of each answer, and adds to its client's id."""
-        return [
-            relay
-            for one, relay in self._relays.items()
-            if not relay.finished
-            and (one == request_id or one.startswith(f"{request_id}-") or relay.request.external_req_id == request_id)
-        ]
-
-    def _movable(self, request_id: str, to: str) -> Relay:
-        """The relay of a request that can be moved to ``to``. Raises MigrationError."""
-        mine = self._named(request_id)
-        if not mine:
+    async def drain(self, replicas: Collection[str], on: bool = True) -> None:
+        """Have replicas of this model get no request while there are others, and their requests move; or let them have
+        requests again. Raises MigrationError where one of them does not answer, or no other one would be left."""
+        left = [one for one in self.replicas if not one.draining and one.engine_id not in replicas]
+        if on and not left:
             raise MigrationError(
-                f"no request {request_id} runs here: it has finished, or never was", HTTPStatus.NOT_FOUND
+                f"no other replica of {self._model} would take requests: have more of them first, or drain fewer"
             )
-        if len(mine) > 1:
-            raise MigrationError(f"{request_id} has {len(mine)} answers: name one of {sorted(map(_id_of, mine))}")
-        relay, there = mine[0], sorted(self._slots.owners.values())
-        if to not in there:
-            raise MigrationError(
-                f"{self._model} has no replica {to}; it has {', '.join(there) or 'none now'}", HTTPStatus.NOT_FOUND
-            )
-        if relay.destination is not None:
-            raise MigrationError(f"request {request_id} is being moved to {relay.destination} already")
-        if relay.route is None or relay.route.replica is None:
-            raise MigrationError(f"request {request_id} waits for a replica: there is nothing to move")
-        if relay.is_at(to):
-            raise MigrationError(f"request {request_id} is at {to} already")
-        if (why := why_final(relay.request)) is not None:
-            raise MigrationError(f"request {request_id} cannot be moved: {why}")
-        return relay
-
-    async def _run_at(self, replica: str, request: EngineCoreRequest) -> EngineCoreOutput:
-        """Run a request of our own there. Raises MigrationError."""
-        ticket, route = next(self._tickets), Route(RouteRequest(1), to=replica, only=True)
-        errand: asyncio.Future[tuple[str, EngineCoreOutput]] = asyncio.get_running_loop().create_future()
-        self._errands[ticket] = errand
-        call: Any = self._generate.remote(self._codec.encode_request(request), self._address, ticket, route=route)
-        work: asyncio.Future[Any] = asyncio.ensure_future(_awaited(call))
         try:
-            waiting: list[asyncio.Future[Any]] = [errand, work]
-            await asyncio.wait(waiting, timeout=ERRAND_S, return_when=asyncio.FIRST_COMPLETED)
-            if not errand.done():
-                why = work.exception() if work.done() and not work.cancelled() else "it is full, or does not answer"
-                raise MigrationError(f"replica {replica} cannot be used: {why}", HTTPStatus.SERVICE_UNAVAILABLE)
-            who, output = errand.result()
-            if who != replica:
-                raise MigrationError(f"replica {replica} cannot be reached", HTTPStatus.SERVICE_UNAVAILABLE)
-            return output
-        finally:
-            self._errands.pop(ticket, None)
-            route.ended(0)
-            if not errand.done():
-                errand.cancel()
-                call.cancel()
-                work.cancel()
+            answers = await self._handle.broadcast("drain", sorted(replicas), on).results_async(
+                timeout_s=POLL_TIMEOUT_S, return_exceptions=True
+            )
+        except (RayServeException, TimeoutError):
+            answers = []
+        if missing := set(replicas) - set(answers):
+            raise MigrationError(f"{', '.join(sorted(missing))} did not answer", HTTPStatus.SERVICE_UNAVAILABLE)
+        self._shut.update(replicas) if on else self._shut.difference_update(replicas)
+
+    def _leaving(self) -> dict[str, Trigger]:
+        """Replicas that are to be empty. Of those that Ray Serve ends it is the router that knows."""
+        ending = [one.route.replica for one in self._relays.values() if one.route is not None]
+        gone = {standing.replica_id: Trigger.STOP for standing in ending if standing is not None and standing.gone}
+        return {**dict.fromkeys(self._shut, Trigger.DRAIN), **gone}
 
     def _check_prediction(self, part: Part, route: Route) -> None:
         self.ttft_error.observe(route.predicted_ttft_s, part.first_s - route.chosen_s)
@@ -490,9 +405,7 @@ class ClusterCore:
 
     def _receive(self, ticket: int, offset: int, output: EngineCoreOutput, replica: str) -> None:
         """Called by the inbox with each output of a replica: it belongs behind the ``offset`` tokens that are there."""
-        if (errand := self._errands.get(ticket)) is not None:
-            if output.finished and not errand.done():
-                errand.set_result((replica, output))
+        if self._errands.receive(ticket, output, replica):
             return
         relay = self._by_ticket.get(ticket)
         if relay is None or relay.finished or relay.fault is not None:
@@ -503,15 +416,16 @@ class ClusterCore:
         if (said := (output.kv_transfer_params or {}).get(MOVED_PARAM)) is not None:
             relay.moved = Moved(**said)
             output.finish_reason = output.kv_transfer_params = None
-            self.migrated += 1
             if not output.new_token_ids:
                 return
-        elif relay.destination is not None and relay.is_at(relay.destination) and output.new_token_ids:
+        elif relay.destination is not None and relay.replica == relay.destination and output.new_token_ids:
+            relay.downtime_s = time.monotonic() - relay.token_s
             relay.landed.set()
         if not relay.has_answered and relay.route is not None:
             relay.route.first_token()
         relay.token_ids.extend(output.new_token_ids)
         relay.part.tokens = len(relay.token_ids)
+        relay.token_s = time.monotonic()
         if not offset and relay.token_ids:
             self.door.began(relay.part, replica)
         relay.finished = output.finished
@@ -524,18 +438,18 @@ class ClusterCore:
         self._wake.set()
 
     async def _watch(self) -> None:
-        """Give up attempts whose replica does not answer, for ever; not a request's last one: any answer is better then
-        than none. A process that has stood still looks again before it blames others."""
+        """Empty replicas that are to be empty, and give up attempts whose replica does not answer, for ever; not a
+        request's last one: any answer is better then than none. A process that has stood still looks again before it
+        blames others."""
         while True:
             looked_s = time.monotonic()
             await asyncio.sleep(WATCH_PERIOD_S)
+            self._evacuation.look(self._leaving(), [one for one in self.replicas if not one.draining])
             if (now_s := time.monotonic()) - looked_s > 2 * WATCH_PERIOD_S:
                 continue
             for relay, fault in unanswered(self._relays.values(), now_s):
-                if relay.task is not None and not relay.is_last_attempt and not relay.given_up:
-                    relay.fault, relay.given_up = fault, True
-                    self._by_ticket.pop(relay.ticket, None)
-                    relay.task.cancel()
+                if not relay.is_last_attempt:
+                    self._give_up(relay, fault)
 
     # Statistics and reachability
 
@@ -560,27 +474,11 @@ class ClusterCore:
             await asyncio.sleep(max(0.0, started_s + POLL_PERIOD_S - time.monotonic()))
 
     def _take_stats(self, stats: list[ReplicaStats]) -> None:
-        self.reachable = len(stats)
-        self.door.replicas(len(stats), sum(replica.streams for replica in stats))
+        self.replicas, self.reachable = stats, len(stats)
+        open_ones = [replica for replica in stats if not replica.draining] or stats
+        self.door.replicas(len(open_ones), sum(replica.streams for replica in open_ones))
+        self._shut.clear()
+        self._shut.update(replica.engine_id for replica in stats if replica.draining)
         self._stats.extend(self._slots.place(stats))
         if self._stats:
             self._wake.set()
-
-
-def _tell_engine(request: EngineCoreRequest, slo: Slo) -> None:
-    """Put the targets where the engine looks for them."""
-    if (params := request.sampling_params) is None:
-        return
-    params.extra_args = without_words(params.extra_args)
-    targets = {TTFT_TARGET_ARG: slo.ttft_ms, TPOT_TARGET_ARG: slo.tpot_ms}
-    known = {name: target for name, target in targets.items() if target is not None}
-    if known:
-        params.extra_args = {**(params.extra_args or {}), **known}
-
-
-async def _awaited(call: Any) -> None:
-    await call
-
-
-def _id_of(relay: Relay) -> str:
-    return relay.request.request_id

@@ -11,7 +11,7 @@ the load decides.
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -78,6 +78,11 @@ class Dispatcher:
         self._placed: dict[Route, int] = {}
         """Routes that count on a replica, with the tokens that they have pending there."""
 
+    def present(self, replicas: Collection[str]) -> None:
+        """Ray Serve has these now; those of requests that are on their way still are gone."""
+        for one, standing in self._standings.items():
+            standing.gone = one not in replicas
+
     def look_at(self, replicas: Sequence[str], reports: Mapping[str, Report], taken_s: float) -> None:
         """Bring the fleet up to date: who is there, and the newest reports, whose ages count from ``taken_s``."""
         self._hear()
@@ -103,7 +108,7 @@ class Dispatcher:
         ranking = policy.rank(request, self.fleet, now_s)
         order = list(ranking.order())
         if route is not None:
-            order = self._wanted(route, order)
+            order = self._wanted(route, [row for row in order if self.fleet.ids[row] not in route.shut] or order)
             self._remove(route)
             self._place(route, order[0], ranking, now_s)
             policy.sent(request, order[0])

@@ -11,7 +11,6 @@ at the destination or elsewhere, with the KV that is there.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from http import HTTPStatus
 from uuid import uuid4
 
@@ -34,19 +33,8 @@ class MigrationError(Exception):
         self.status = status
 
 
-@dataclass(frozen=True)
-class Migrated:
-    """How a migration went.
-
-    Attributes:
-        blocks_ahead: full KV blocks that were at the destination before the switch, in ``rounds``.
-    """
-
-    request_id: str
-    source: str
-    destination: str
-    blocks_ahead: int
-    rounds: int
+class CannotPush(MigrationError):
+    """The source's engine cannot move any request."""
 
 
 Run = Callable[[str, EngineCoreRequest], Awaitable[EngineCoreOutput]]
@@ -103,9 +91,7 @@ class Rounds:
         output = await self._run(self._source, _own_request(f"push-{uuid4().hex}", [0], params))
         said = (output.kv_transfer_params or {}).get(ANSWER_PARAM)
         if said is None:
-            raise MigrationError(
-                f"replica {self._source} cannot move requests: it needs elastic memory and full attention"
-            )
+            raise CannotPush(f"replica {self._source} cannot move requests: it needs elastic memory and full attention")
         answer = PushAnswer(**said)
         if answer.error is not None:
             raise MigrationError(f"request {self._request.request_id} is not moved: {answer.error}")

@@ -38,7 +38,7 @@ def migration_routes(cores: Callable[[], Sequence[ClusterCore]]) -> list[Route]:
             wanted = MigrateRequest.model_validate(await request.json())
         except (ValidationError, JSONDecodeError):
             return error_answer('the body should be {"request_id": ID, "to": REPLICA}', HTTPStatus.BAD_REQUEST)
-        core = next((core for core in cores() if core.has(wanted.request_id)), None)
+        core = next((core for core in cores() if core.mover.has(wanted.request_id)), None)
         if core is None:
             why = f"no request {wanted.request_id} runs at this ingress process: it has finished, or never was"
             return error_answer(why, HTTPStatus.NOT_FOUND)

@@ -2,6 +2,7 @@
 
 What arrives is handed over at once; the replica hears that it was taken only when ``taken`` is called, and sends
 nothing more until then. So an ingress that is behind holds one parcel a replica, and the rest gathers where it is made.
+Errands go the other way.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from replicas.channel_wire import (
     KEY_BYTES,
     NONCE_BYTES,
     PARCEL_BYTES,
+    Errand,
     FrameBuffer,
     Hello,
     InboxAddress,
@@ -28,8 +30,9 @@ from replicas.channel_wire import (
     frame,
     is_signed,
     notice_silence,
+    sign_errand,
 )
-from replicas.hop import HopCodec
+from replicas.hop import Frames, HopCodec
 
 logger = logging.getLogger("ray.serve")
 
@@ -54,10 +57,11 @@ class _Sender:
 class OutputInbox:
     """A listening socket and what comes over it. Belongs to the event loop it is opened on."""
 
-    def __init__(self, on_output: OnOutput) -> None:
+    def __init__(self, on_output: OnOutput, on_left: Callable[[str], None] = lambda replica: None) -> None:
+        """on_left: called with the id of a replica whose connection has ended."""
         self.refused = 0
         """Connections that did not speak the protocol, or did not have the key."""
-        self._on_output = on_output
+        self._on_output, self._on_left = on_output, on_left
         self._key = secrets.token_bytes(KEY_BYTES)
         self._codec = HopCodec()
         self._senders: dict[bytes, _Sender] = {}
@@ -77,8 +81,17 @@ class OutputInbox:
             sender = self._senders[name]
             sender.taken = sender.received
             if sender.connection is not None:
-                sender.connection.say_taken(sender.taken)
+                sender.connection.say(Taken(sender.taken))
         self._untaken.clear()
+
+    def send_errand(self, replica: str, ticket: int, frames: Frames) -> bool:
+        """Have that replica run a request, whose outputs come under ``ticket``. False where no connection to it is
+        open."""
+        for name, sender in self._senders.items():
+            if sender.replica == replica and sender.connection is not None:
+                sender.connection.say(Errand(ticket, frames, sign_errand(self._key, name, ticket, frames)))
+                return True
+        return False
 
     def close(self) -> None:
         """Stop listening and hang up."""
@@ -106,7 +119,7 @@ class OutputInbox:
             sender.connection.hang_up()
         sender.connection, sender.taken = connection, sender.received
         self._untaken.discard(name)
-        connection.say_taken(sender.taken)
+        connection.say(Taken(sender.taken))
 
     def received(self, name: bytes, parcel: Parcel) -> None:
         """Raises WireError for another parcel than the next one, or one that does not fit together."""
@@ -124,6 +137,7 @@ class OutputInbox:
         if name is not None and self._senders[name].connection is connection:
             self._senders[name].connection = None
             asyncio.get_running_loop().call_later(FORGET_S, self._forget, name)
+            self._on_left(self._senders[name].replica)
 
     def _forget(self, name: bytes) -> None:
         sender = self._senders.get(name)
@@ -164,8 +178,8 @@ class _Connection(asyncio.Protocol):
         self._late.cancel()
         self._inbox.left(self, self._name)
 
-    def say_taken(self, number: int) -> None:
-        self._transport.write(frame(msgspec.msgpack.encode(Taken(number))))
+    def say(self, message: Taken | Errand) -> None:
+        self._transport.write(frame(msgspec.msgpack.encode(message)))
 
     def hang_up(self) -> None:
         self._transport.abort()

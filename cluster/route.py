@@ -11,6 +11,7 @@ route pickles as None: nothing of it crosses to the replica.
 import math
 import time
 from collections import deque
+from collections.abc import Set
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -31,12 +32,14 @@ class Standing:
 
     Attributes:
         silent_since_s: when it was first asked something that it has not answered yet; infinity while it answers.
+        gone: Ray Serve sends nothing to it any more: it is ending, or has died.
         heard_s: when one of its requests from here last got a token.
     """
 
     replica_id: str
     silent_since_s: float = math.inf
     heard_s: float = -math.inf
+    gone: bool = False
 
 
 News = deque[tuple[RouteEvent, "Route", float]]
@@ -48,6 +51,7 @@ class Route:
 
     Attributes:
         to: the replica that is wanted, where it is there; only: no other one will do.
+        shut: replicas that should get no request while there is another one; the core's own set, which changes.
         replica: chosen or, once it was sent, taken; None before.
         tokens: of the prompt, taken to be computed there.
         predicted_ttft_s, predicted_tpot_s: of this attempt, from ``chosen_s`` on; NaN where nobody has predicted.
@@ -58,6 +62,7 @@ class Route:
     request: RouteRequest
     to: str | None = None
     only: bool = False
+    shut: Set[str] = frozenset()
     replica: Standing | None = None
     tokens: int = 0
     predicted_ttft_s: float = math.nan

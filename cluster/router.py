@@ -46,6 +46,10 @@ class PressureRouter(RequestRouter):
         replica.dispatcher = self._dispatcher
         return replica
 
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        self._dispatcher.present({replica.replica_id.unique_id for replica in replicas})
+
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:

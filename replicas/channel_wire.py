@@ -4,6 +4,7 @@
     replica -> ingress    Hello: who sends, and the nonce signed with the key
     ingress -> replica    Taken: the last parcel that was taken; once as the answer, then after each parcel
     replica -> ingress    Parcel: outputs of any number of requests
+    ingress -> replica    Errand: a request of the ingress's own, signed; its outputs come in parcels, like any others
 
 Every message is a frame: four bytes of length, then msgpack. The key reaches the replica with the request, in a call
 between Ray actors. Nothing that comes from the network is unpickled. As in Ray's own connections, what is sent is not
@@ -15,7 +16,7 @@ import hashlib
 import hmac
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -52,10 +53,23 @@ class Hello(msgspec.Struct, array_like=True):
     replica: str = ""
 
 
-class Taken(msgspec.Struct, array_like=True):
+class Taken(msgspec.Struct, array_like=True, tag=True):
     """number: of the last parcel that the ingress has taken from this sender; 0 for none."""
 
     number: int
+
+
+class Errand(msgspec.Struct, array_like=True, tag=True):
+    """A request to the replica at the other end, past every router and queue.
+
+    Attributes:
+        ticket: of its outputs; frames: the request, encoded by ``HopCodec``.
+        digest: ``sign_errand`` of these. Whoever takes the ingress's port after it is no ingress.
+    """
+
+    ticket: int
+    frames: list[bytes]
+    digest: bytes
 
 
 class Parcel(msgspec.Struct, array_like=True):
@@ -76,6 +90,14 @@ class Parcel(msgspec.Struct, array_like=True):
 def sign(key: bytes, nonce: bytes, sender: bytes) -> bytes:
     """The digest by which a sender shows that it has the key."""
     return hmac.digest(key, nonce + sender, hashlib.sha256)
+
+
+def sign_errand(key: bytes, sender: bytes, ticket: int, frames: Sequence[bytes]) -> bytes:
+    """The digest of an errand on the channel of that sender. Never that of a greeting: it is of more bytes."""
+    said = hashlib.sha256()
+    for one in frames:
+        said.update(frame(one))
+    return hmac.digest(key, b"errand" + sender + struct.pack(">Q", ticket) + said.digest(), hashlib.sha256)
 
 
 def is_signed(hello: Hello, key: bytes, nonce: bytes) -> bool:

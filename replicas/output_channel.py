@@ -6,22 +6,27 @@
 A parcel leaves as soon as the one before it was taken, with everything that has come since: at a low rate each step's
 tokens go at once, and an ingress that is behind gets fewer and larger pieces instead of a longer queue. A parcel is
 kept until it was taken, so a connection that breaks costs nothing but time.
+
+The ingress sends errands the other way: requests of its own, which reach a replica that takes no others any more.
 """
 
 import asyncio
+import hmac
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import cast
 
 import msgspec
-from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine import EngineCoreOutput, FinishReason
 
 from replicas.channel_wire import (
     HANDSHAKE_BYTES,
     NONCE_BYTES,
+    PARCEL_BYTES,
+    Errand,
     FrameBuffer,
     Hello,
     InboxAddress,
@@ -31,9 +36,10 @@ from replicas.channel_wire import (
     frame,
     notice_silence,
     sign,
+    sign_errand,
 )
 from replicas.coalesce import coalesce
-from replicas.hop import HopCodec
+from replicas.hop import Frames, HopCodec
 
 logger = logging.getLogger("ray.serve")
 
@@ -69,14 +75,20 @@ class Lane:
         self._channel.hurry(self)
 
 
+Run = Callable[[Frames, Lane], Awaitable[None]]
+"""Runs an encoded request; its outputs go through the lane. Returns when they have been taken."""
+
+
 class OutputChannel:
     """Everything for one ingress. Belongs to the event loop it is built on; ``run`` must be running."""
 
-    def __init__(self, address: InboxAddress, replica: str) -> None:
+    def __init__(self, address: InboxAddress, replica: str, run_errand: Run) -> None:
         self.lanes: set[Lane] = set()
         self._address = address
         self._sender = os.urandom(SENDER_BYTES)
         self._replica = replica
+        self._run_errand = run_errand
+        self._errands: set[asyncio.Task[None]] = set()
         self._codec = HopCodec()
         self._ready: dict[Lane, None] = {}
         self._number = 0
@@ -123,6 +135,8 @@ class OutputChannel:
                         return
                 await asyncio.sleep(RETRY_PERIOD_S)
         finally:
+            for task in self._errands:
+                task.cancel()
             for lane in self.lanes:
                 if not lane.ended.done():
                     lane.ended.set_exception(ChannelBroken(f"the ingress at {host}:{port} is gone"))
@@ -142,7 +156,7 @@ class OutputChannel:
         none, WireError where it speaks something else."""
         loop = asyncio.get_running_loop()
         transport, connection = await loop.create_connection(
-            lambda: _Connection(self._address.key, self._sender, self._replica, self._taken), *self._where
+            lambda: _Connection(self._address.key, self._sender, self._replica, self._taken, self._take), *self._where
         )
         notice_silence(transport)
         try:
@@ -166,6 +180,29 @@ class OutputChannel:
         else:
             self._connection = None
             raise WireError(f"parcel {number} was taken, the last one sent is {self._number}")
+
+    def _take(self, errand: Errand) -> None:
+        """Run what the ingress asks for. Raises WireError where it was not the ingress that asked."""
+        if not hmac.compare_digest(
+            errand.digest, sign_errand(self._address.key, self._sender, errand.ticket, errand.frames)
+        ):
+            raise WireError("an errand has another key")
+        task = asyncio.get_running_loop().create_task(self._run(errand))
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
+
+    async def _run(self, errand: Errand) -> None:
+        lane = self.lane(errand.ticket)
+        try:
+            await self._run_errand(errand.frames, lane)
+        except ChannelBroken:
+            return
+        except Exception as error:  # whatever an engine raises: the ingress is told
+            logger.exception("an errand of the ingress has failed")
+            lane.put(EngineCoreOutput("", [], finish_reason=FinishReason.ERROR, stop_reason=str(error)))
+            await lane.ended
+        finally:
+            self.close(lane)
 
     def _send(self) -> None:
         self._due = False
@@ -193,12 +230,15 @@ class OutputChannel:
 class _Connection(asyncio.Protocol):
     """One TCP connection to the inbox."""
 
-    def __init__(self, key: bytes, sender: bytes, replica: str, on_taken: "OnTaken") -> None:
+    def __init__(
+        self, key: bytes, sender: bytes, replica: str, on_taken: "OnTaken", on_errand: Callable[[Errand], None]
+    ) -> None:
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the connection has ended, with WireError where that was a fault."""
-        self._key, self._sender, self._replica, self._on_taken = key, sender, replica, on_taken
+        self._key, self._sender, self._replica = key, sender, replica
+        self._on_taken, self._on_errand = on_taken, on_errand
         self._frames = FrameBuffer(HANDSHAKE_BYTES)
-        self._taken = msgspec.msgpack.Decoder(Taken)
+        self._messages = msgspec.msgpack.Decoder(Taken | Errand)
         self._greeted = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -225,10 +265,15 @@ class _Connection(asyncio.Protocol):
             if len(body) != NONCE_BYTES:
                 raise WireError("the ingress did not greet")
             self._greeted = True
+            self._frames.longest_bytes = PARCEL_BYTES
             hello = Hello(self._sender, sign(self._key, body, self._sender), self._replica)
             self.send(frame(msgspec.msgpack.encode(hello)))
             return
-        self._on_taken(self, self._taken.decode(body).number)
+        message = self._messages.decode(body)
+        if isinstance(message, Taken):
+            self._on_taken(self, message.number)
+        else:
+            self._on_errand(message)
 
 
 OnTaken = Callable[[_Connection, int], None]
@@ -237,9 +282,12 @@ OnTaken = Callable[[_Connection, int], None]
 class Channels:
     """The channels of one replica, one an ingress. Belongs to the event loop it is used on."""
 
-    def __init__(self, replica: str) -> None:
-        """replica: its id."""
-        self._replica = replica
+    def __init__(self, replica: str, run_errand: Run) -> None:
+        """
+        Args:
+            replica: its id; run_errand: runs what an ingress asks for over its channel.
+        """
+        self._replica, self._run_errand = replica, run_errand
         self._channels: dict[InboxAddress, tuple[OutputChannel, asyncio.Task[None]]] = {}
 
     @contextmanager
@@ -248,7 +296,7 @@ class Channels:
         first request, and ends after its last one when the ingress does."""
         channel, task = self._channels.get(address, (None, None))
         if channel is None or task is None or task.done():
-            channel = OutputChannel(address, self._replica)
+            channel = OutputChannel(address, self._replica, self._run_errand)
             task = asyncio.get_running_loop().create_task(channel.run())
             self._channels[address] = channel, task
             task.add_done_callback(partial(self._forget, address))

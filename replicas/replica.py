@@ -13,11 +13,13 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import serve
+from ray.util import get_node_ip_address
 
 from replicas.board_link import BoardLink
 from replicas.replica_demand import QueueBook
@@ -56,6 +58,7 @@ class ReplicaStats:
 
     Attributes:
         streams: requests that the replica has accepted and not finished.
+        draining: it is to get no request while there are others; node_id, node_ip: where it runs, as Ray says.
         scheduler: gauges of the engine's last step; its counts are those since the last call, so each is told once.
     """
 
@@ -63,6 +66,9 @@ class ReplicaStats:
     pid: int
     streams: int
     scheduler: "SchedulerStats"
+    draining: bool = False
+    node_id: str = ""
+    node_ip: str = ""
 
 
 class EngineReplica:
@@ -85,13 +91,14 @@ class EngineReplica:
 
         own_engine_processes()
         self.engine_id: str = serve.get_replica_context().replica_id.unique_id
-        self._closing = False
+        self._closing = self._draining = False
+        self._node = ray.get_runtime_context().get_node_id(), get_node_ip_address()  # type: ignore[no-untyped-call]
         self._tasks: list[asyncio.Task[None]] = []
         self._link = BoardLink(self.engine_id, spec, agent_spec) if agent_spec is not None else None
         where = (self._link.registration.board_path, self._link.registration.row) if self._link is not None else ()
         config = build_vllm_config(spec, *where)
         self._engine = EngineHost(config, build_paced_core(spec, config))
-        self._channels = Channels(self.engine_id)
+        self._channels = Channels(self.engine_id, self._engine.run)
         self._queues = QueueBook()
         self._start(self._engine.pump())
         if self._link is not None:
@@ -124,7 +131,15 @@ class EngineReplica:
     async def stats(self, ingress: str, queued: int) -> ReplicaStats:
         """Asked by every ingress about once a second; ``queued``: requests that wait there for any replica."""
         self._queues.tell(ingress, queued, time.monotonic())
-        return ReplicaStats(self.engine_id, os.getpid(), self._engine.streams, self._engine.take_stats())
+        streams, numbers = self._engine.streams, self._engine.take_stats()
+        return ReplicaStats(self.engine_id, os.getpid(), streams, numbers, self._draining, *self._node)
+
+    async def drain(self, replicas: Sequence[str], on: bool) -> str:
+        """Told to every replica: those of these ids drain, or do not any more. Ingresses see it with the next stats,
+        send nothing to one that drains, and move what is there. Returns the replica's own id."""
+        if self.engine_id in replicas:
+            self._draining = on
+        return self.engine_id
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve every second where the number of replicas changes: ``ReplicaDemand``, by name."""

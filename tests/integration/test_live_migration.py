@@ -13,7 +13,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from cluster.core_client import ClusterCore
-from cluster.migration import Migrated, MigrationError
+from cluster.migration import MigrationError
+from cluster.mover import Migrated
 from cluster.route import Route, Standing
 from memory_agent.lease_board import AgentWord, Lease, LeaseBoard, RowState
 from replicas.channel_wire import InboxAddress
@@ -41,7 +42,7 @@ class Replica:
     def __init__(self, name: str, spec: EngineSpec, board: Path, row: int) -> None:
         self.name = name
         self.engine = EngineHost(build_vllm_config(spec, str(board), row))
-        self.channels = Channels(name)
+        self.channels = Channels(name, self.engine.run)
         self.pump = asyncio.get_running_loop().create_task(self.engine.pump())
 
     async def generate(self, frames: Frames, address: InboxAddress, ticket: int) -> None:
@@ -170,7 +171,7 @@ def test_streams_that_move_have_the_tokens_of_an_undisturbed_run(tmp_path: Path)
         async with two_replicas(spec, tmp_path) as core:
             undisturbed = await run_all(core)
             await undisturbed.all_ended()
-            assert core.migrated == 0
+            assert core.mover.moved == 0
             streams, rng = Streams(core), random.Random(1)
             for number, prompt in enumerate(PROMPTS):
                 await streams.ask(f"m{number}", prompt, salt=f"tenant {number}")
@@ -185,7 +186,7 @@ def test_streams_that_move_have_the_tokens_of_an_undisturbed_run(tmp_path: Path)
             assert [one.destination for one in moved[: len(PROMPTS)]] == ["b"] * len(PROMPTS)
             assert len(moved) > len(PROMPTS)
             assert all(one.blocks_ahead >= 3 for one in moved)
-            assert core.migrated == len(moved)
+            assert core.mover.moved == len(moved)
             assert core.continued == core.retried == 0
             for number in range(len(PROMPTS)):
                 assert streams.tokens[f"m{number}"] == undisturbed.tokens[f"r{number}"]

@@ -48,6 +48,11 @@ def stats(engine_id: str, running: int = 0, waiting: int = 0) -> ReplicaStats:
     return ReplicaStats(engine_id, 1, running, SchedulerStats(num_running_reqs=running, num_waiting_reqs=waiting))
 
 
+async def no_errand(frames: Frames, lane: Lane) -> None:
+    """What is asked for over the channel."""
+    raise AssertionError("no errand is expected")
+
+
 @dataclass
 class FakeCall:
     """What ``handle.options().generate.remote`` returns."""
@@ -107,7 +112,7 @@ class FakeHandle:
     scripts: list[Sequence[Step]] = field(default_factory=list)
     answers: Callable[[], list[Any]] = lambda: [stats("a")]
     calls: list[FakeCall] = field(default_factory=list)
-    channels: Channels = field(default_factory=lambda: Channels("replica-a"))
+    channels: Channels = field(default_factory=lambda: Channels("replica-a", no_errand))
     news: News = field(default_factory=News)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     """A replica answers what is asked of any."""

@@ -20,9 +20,10 @@ from cluster.admission import AdmissionQueue
 from cluster.attempt_watch import ACCEPT_S
 from cluster.bench.report import Slo
 from cluster.config import SloClass
-from cluster.core_client import ATTEMPTS_MOST, ClusterCore
+from cluster.core_client import ClusterCore
 from cluster.door import Door
 from cluster.engine_slots import EngineSlots
+from cluster.relay import ATTEMPTS_MOST
 from cluster.request_slo import CURRENT, RequestSlo, Stop
 from cluster.room import Room
 from cluster.route import RouteEvent, Standing

@@ -11,9 +11,10 @@ from ray.exceptions import ActorDiedError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
-import cluster.core_client
+import cluster.errands
 from cluster.core_client import ClusterCore
-from cluster.migration import Migrated, MigrationError
+from cluster.migration import MigrationError
+from cluster.mover import Migrated
 from cluster.route import Route, Standing
 from replicas.channel_wire import InboxAddress
 from replicas.hop import Frames, HopCodec
@@ -45,7 +46,7 @@ class PlayedReplica:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.channels = Channels(name)
+        self.channels = Channels(name, self._run)
         self.faults: dict[str, Exception | str] = {}
         self.said: list[str] = []
         self.lost = asyncio.Event()
@@ -54,19 +55,22 @@ class PlayedReplica:
         self.gone: set[str] = set()
 
     async def generate(self, frames: Frames, address: InboxAddress, ticket: int) -> None:
-        asked = self._codec.decode_request(frames)
         with self.channels.lane(address, ticket) as lane:
-            if (order := push_order(asked.sampling_params)) is not None:
-                self._fail("switch" if order.switch else "end" if order.end else "push")
-                lane.put(self._answer(asked.request_id, order))
-            elif (word := arrival(asked.sampling_params)) is not None and word.pin:
-                assert len(asked.prompt_token_ids or ()) == word.computed + 1
-                self.said.append(f"ahead {word.computed}")
-                self._fail("ahead")
-                lane.put(EngineCoreOutput(asked.request_id, [0], finish_reason=FinishReason.LENGTH))
-            else:
-                await self._stream(asked, lane, word is not None)
-            await lane.ended
+            await self._run(frames, lane)
+
+    async def _run(self, frames: Frames, lane: Lane) -> None:
+        asked = self._codec.decode_request(frames)
+        if (order := push_order(asked.sampling_params)) is not None:
+            self._fail("switch" if order.switch else "end" if order.end else "push")
+            lane.put(self._answer(asked.request_id, order))
+        elif (word := arrival(asked.sampling_params)) is not None and word.pin:
+            assert len(asked.prompt_token_ids or ()) == word.computed + 1
+            self.said.append(f"ahead {word.computed}")
+            self._fail("ahead")
+            lane.put(EngineCoreOutput(asked.request_id, [0], finish_reason=FinishReason.LENGTH))
+        else:
+            await self._stream(asked, lane, word is not None)
+        await lane.ended
 
     async def _stream(self, asked: EngineCoreRequest, lane: Lane, moved: bool) -> None:
         self.said.append("moved here" if moved else "request")
@@ -202,7 +206,7 @@ async def test_the_stream_goes_on_at_the_destination() -> None:
         assert one.b.said[0].startswith("ahead ")
         await one.check_to_the_end()
         assert one.b.said[-1] == "moved here"
-        assert (one.core.migrated, one.core.continued, one.core.retried) == (1, 0, 0)
+        assert (one.core.mover.moved, one.core.continued, one.core.retried) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("what", ["push", "switch"])
@@ -232,7 +236,7 @@ async def test_a_destination_that_fails_ahead_leaves_the_request_at_its_source()
 
 
 async def test_a_destination_that_does_not_answer_leaves_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.core_client, "ERRAND_S", 0.05)
+    monkeypatch.setattr(cluster.errands, "ERRAND_S", 0.05)
     async with client() as one:
         one.b.generate = lambda *args: asyncio.sleep(60)  # type: ignore[method-assign,assignment]
         with pytest.raises(MigrationError, match="full, or does not answer"):

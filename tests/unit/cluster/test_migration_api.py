@@ -11,12 +11,17 @@ from typer.testing import CliRunner
 
 import cluster.models_client
 from cluster.cli import app
-from cluster.migration import Migrated, MigrationError
+from cluster.migration import MigrationError
 from cluster.migration_api import migration_routes
+from cluster.mover import Migrated
 
 
 class PlayedCore:
     """Runs request "r" at "a"."""
+
+    @property
+    def mover(self) -> "PlayedCore":
+        return self
 
     def has(self, request_id: str) -> bool:
         return request_id == "r"
@@ -26,7 +31,7 @@ class PlayedCore:
             raise MigrationError("m has no replica c; it has a, b", HTTPStatus.NOT_FOUND)
         if to == "a":
             raise MigrationError("request r is at a already")
-        return Migrated(request_id, "a", to, 7, 2)
+        return Migrated(request_id, "a", to, 7, 2, 0.25)
 
 
 def api() -> Starlette:
@@ -40,7 +45,7 @@ async def ask(**request: Any) -> tuple[int, dict[str, Any]]:
 
 
 async def test_a_request_is_moved() -> None:
-    moved = {"request_id": "r", "source": "a", "destination": "b", "blocks_ahead": 7, "rounds": 2}
+    moved = {"request_id": "r", "source": "a", "destination": "b", "blocks_ahead": 7, "rounds": 2, "downtime_s": 0.25}
     assert await ask(json={"request_id": "r", "to": "b"}) == (200, moved)
 
 
@@ -89,7 +94,7 @@ def play(monkeypatch: pytest.MonkeyPatch, answer: httpx.Response | httpx.HTTPErr
 
 
 def test_the_command_tells_what_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    content = {"request_id": "r", "source": "a", "destination": "b", "blocks_ahead": 7, "rounds": 2}
+    content = {"request_id": "r", "source": "a", "destination": "b", "blocks_ahead": 7, "rounds": 2, "downtime_s": 0.25}
     play(monkeypatch, httpx.Response(200, json=content))
     result = CliRunner().invoke(app, ["migrate", "r", "b"])
     assert result.exit_code == 0

@@ -16,8 +16,8 @@ from vllm.v1.engine import EngineCoreOutput, FinishReason
 import cluster.output_inbox
 import replicas.output_channel
 from cluster.output_inbox import OutputInbox
-from replicas.channel_wire import Hello, InboxAddress, Parcel, frame, sign
-from replicas.hop import HopCodec
+from replicas.channel_wire import Errand, Hello, InboxAddress, Parcel, frame, sign, sign_errand
+from replicas.hop import Frames, HopCodec
 from replicas.output_channel import ChannelBroken, Channels, Lane
 
 DEADLINE_S = 30.0
@@ -53,10 +53,18 @@ class Pair:
     channels: Channels
 
 
+async def run(frames: Frames, lane: Lane) -> None:
+    """An errand of the ingress: says its frames, or fails where they say so."""
+    if frames[0] == b"fail":
+        raise RuntimeError("on purpose")
+    lane.put(EngineCoreOutput("e", list(frames[0]), finish_reason=FinishReason.LENGTH))
+    await lane.ended
+
+
 @asynccontextmanager
 async def pair() -> AsyncIterator[Pair]:
     received = Received()
-    inbox, channels = OutputInbox(received.take), Channels(REPLICA)
+    inbox, channels = OutputInbox(received.take), Channels(REPLICA, run)
     try:
         yield Pair(inbox, await inbox.open("127.0.0.1"), received, channels)
     finally:
@@ -291,6 +299,65 @@ async def test_a_replica_without_the_key_ends_its_requests(monkeypatch: pytest.M
                 with pytest.raises(ChannelBroken):
                     await lane.ended
         assert ends.received.tokens == {}
+
+
+@asynccontextmanager
+async def connected() -> AsyncIterator[Pair]:
+    """A replica that has told the ingress something."""
+    async with pair() as ends:
+        with ends.channels.lane(ends.address, 1) as lane:
+            lane.put(end())
+            await until(lane.ended.done, ends.inbox.taken)
+        yield ends
+
+
+async def test_an_errand_comes_over_the_channel() -> None:
+    """Its outputs come under its ticket, also when the replica has no request of that ingress any more."""
+    async with connected() as ends:
+        for ticket in (2, 3):
+            assert ends.inbox.send_errand(REPLICA, ticket, [bytes([7, ticket])])
+            await until(lambda ticket=ticket: ticket in ends.received.ended, ends.inbox.taken)  # type: ignore[misc]
+            assert ends.received.tokens[ticket] == [7, ticket]
+
+
+async def test_an_errand_that_fails_says_so() -> None:
+    seen: list[EngineCoreOutput] = []
+    async with connected() as ends:
+        ends.inbox._on_output = lambda ticket, offset, output, replica: seen.append(output)
+        assert ends.inbox.send_errand(REPLICA, 2, [b"fail"])
+        await until(lambda: bool(seen), ends.inbox.taken)
+        assert (seen[0].finish_reason, seen[0].stop_reason) == (FinishReason.ERROR, "on purpose")
+
+
+async def test_there_are_no_errands_without_a_connection() -> None:
+    left: list[str] = []
+    async with connected() as ends:
+        assert not ends.inbox.send_errand("replica-b", 2, [b"x"])
+        ends.inbox._on_left = left.append
+        ends.channels.close()
+        await until(lambda: left == [REPLICA])
+        assert not ends.inbox.send_errand(REPLICA, 2, [b"x"])
+
+
+async def test_an_errand_of_somebody_else_is_not_run() -> None:
+    """Who has taken the ingress's port has no key: the replica hangs up and runs nothing."""
+    async with connected() as ends:
+        sender = next(iter(ends.inbox._senders.values()))
+        first = sender.connection
+        assert first is not None
+        first.say(Errand(2, [b"x"], sign_errand(bytes(32), b"sender", 2, [b"x"])))
+        await until(lambda: sender.connection is not first)
+        assert 2 not in ends.received.tokens
+
+
+def test_the_digest_of_an_errand_is_of_all_of_it() -> None:
+    digests = {
+        sign_errand(b"k" * 32, sender, ticket, frames)
+        for sender in (b"a" * 16, b"b" * 16)
+        for ticket in (1, 2)
+        for frames in ([b"xy"], [b"x", b"y"], [b"xz"])
+    }
+    assert len(digests) == 12
 
 
 def test_the_key_is_not_shown() -> None:
