@@ -83,7 +83,7 @@ class PlayedCluster:
         model |= {"min_replicas": self._replicas, "max_replicas": self._replicas, "guarantee_bytes": GIB}
         model |= {"ceiling_bytes": 8 * GIB, "error": None, "progress": ""}
         slo = to_json([SloReport(self._account, time.monotonic() - self._began_s)])
-        return told | {"models": [model | sums], "slo": slo, "predictions": {}}
+        return told | {"models": [model | sums], "slo": slo, "predictions": {}, "drains": []}
 
     async def decisions(self) -> list[dict[str, Any]]:
         return self._view.decisions.last(30, "", time.monotonic())

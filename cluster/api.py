@@ -5,6 +5,7 @@
     /ellm/decisions                   what the controller decided lately (``cluster.decisions_api``)
     /ui                               the live page (``cluster.page``)
     /ellm/migrate                     a request moved by hand (``cluster.migration_api``)
+    /ellm/drain /ellm/drains          replicas and nodes emptied (``cluster.drain_api``)
     /ellm/models                      models added, removed and limited (``cluster.models_api``)
     routes that do not work yet       refused here, in OpenAI's error form
     /v1/models                        all models
@@ -17,6 +18,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -31,7 +33,10 @@ from cluster.api_errors import error_answer, no_such_model
 from cluster.api_metrics import MetricsEndpoint
 from cluster.api_routes import API_ROUTES, RouteState
 from cluster.cluster_status import ControllerAwayError, read_decisions, read_snapshot
+from cluster.core_client import ClusterCore
 from cluster.decisions_api import decision_routes
+from cluster.drain_api import drain_routes
+from cluster.drains import drains
 from cluster.live_feed import LiveFeed
 from cluster.migration_api import migration_routes
 from cluster.model_table import ModelTable, ServedModel
@@ -70,20 +75,24 @@ def build_api(
         what = f"no replica of {', '.join(away)} is reachable now" if away else "no model is served yet"
         return error_answer(what, HTTPStatus.SERVICE_UNAVAILABLE)
 
+    def cores() -> list[ClusterCore]:
+        return [model.engine.engine_core for model in table.routed]
+
     async def all_models(request: Request) -> Response:
         lists = [await model.app.state.openai_serving_models.show_available_models() for model in table.routed]
         return JSONResponse({"object": "list", "data": [card.model_dump() for cards in lists for card in cards.data]})
 
     async def collect() -> dict[str, Any]:
-        """The controller's snapshot, with the registry's models, how requests have fared, and how far this process's
-        predictions are off. ``models`` is None where the registry is away. Raises ControllerAwayError."""
+        """The controller's snapshot, with the registry's models, how requests have fared, how far this process's
+        predictions are off, and which replicas drain. ``models`` is None where the registry is away. Raises
+        ControllerAwayError."""
         snapshot = await read_snapshot()
         try:
             models = await read_models()
         except RegistryAwayError:
             models = None
         told = {"models": models, "slo": to_json(await reports()), "predictions": _predictions(table)}
-        return snapshot | told
+        return snapshot | told | {"drains": [asdict(one) for one in drains(cores())]}
 
     async def status(request: Request) -> Response:
         """What ``collect`` says; 503 with the reason where the controller is away."""
@@ -113,7 +122,8 @@ def build_api(
         *page_routes(),
         *decision_routes(),
         *model_routes(),
-        *migration_routes(lambda: [model.engine.engine_core for model in table.routed]),
+        *migration_routes(cores),
+        *drain_routes(cores),
         *(_refusal(route.path, route.note) for route in API_ROUTES if route.state is RouteState.NOT_YET),
         Route("/v1/models", all_models),
         Mount("/", ModelSwitch(table, layer)),

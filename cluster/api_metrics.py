@@ -10,7 +10,7 @@ one that does not answer is left out of that scrape.
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from typing import cast
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
@@ -33,10 +33,14 @@ from cluster.metrics import (
     CONTROLLER_REPORTS,
     CONTROLLER_START,
     INGRESS_LABEL,
+    MIGRATION_DOWNTIME,
+    MIGRATION_DOWNTIMES,
+    MIGRATIONS,
     PREDICTED_REQUESTS,
     PREDICTED_SECONDS,
     PREDICTION_ERROR,
     REPLICA_INFO,
+    REPLICAS_DRAINING,
     REPLICAS_REACHABLE,
     REPORT_AGE,
     REQUESTS_CONTINUED,
@@ -50,6 +54,7 @@ from cluster.metrics import (
 )
 from cluster.metrics_text import CONTENT_TYPE, TextFamilies, merged_text, text_families
 from cluster.model_table import ModelTable, ServedModel
+from cluster.move import MoveOutcome, Trigger
 from cluster.slo_ledger import SloLedger
 from memory_agent.metric import MetricSpec, families
 from memory_agent.metrics import DEVICE_METRICS, ENGINE_METRICS, device_labels, engine_labels
@@ -111,11 +116,16 @@ class CoreCollector(Collector):
             (REQUESTS_IN_FLIGHT, core.in_flight),
             (REQUESTS_RETRIED, core.retried),
             (REQUESTS_CONTINUED, core.continued),
+            (REPLICAS_DRAINING, sum(replica.draining for replica in core.replicas)),
+            (MIGRATION_DOWNTIMES, core.mover.downtimes),
+            (MIGRATION_DOWNTIME, core.mover.downtime_s),
             (REQUESTS_WAITING, door.waiting),
             (TOKENS_WAITING, door.waiting_tokens),
             (REQUESTS_LIMIT, door.room.limit),
         ):
             made.add(spec, [name], value)
+        for trigger, outcome in product(Trigger, MoveOutcome):
+            made.add(MIGRATIONS, [name, trigger, outcome], core.mover.counts[trigger, outcome])
         for slo_class in sorted({slo_class for slo_class, _ in door.verdicts}):
             for verdict in Verdict:
                 made.add(ADMISSION_REQUESTS, [name, slo_class, verdict], door.verdicts[slo_class, verdict])

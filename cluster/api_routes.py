@@ -41,6 +41,7 @@ _WORKS: dict[str, str] = {
     "/ellm/live": "the same as it changes, as server-sent events: what the live page draws",
     "/ui /ui/ /ui/{name}": "the live page",
     "/ellm/migrate": "moves a running request to another replica (POST)",
+    "/ellm/drain /ellm/drains": "empties a replica or a node (POST); what drains now",
     "/ellm/decisions": "the controller's last decisions, with what it saw and why",
     "/ellm/models /ellm/models/{name}": "models listed, added (POST), removed (DELETE), limited (PATCH) while it runs",
     "/load /version": "requests inside this API process; vLLM's release",

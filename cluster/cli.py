@@ -21,6 +21,7 @@ from cluster.config_file import ConfigError, example_config, load_config, valida
 from cluster.default_model import DefaultModelError, get_default_model
 from cluster.deploy.command import deploy_app
 from cluster.doctor_command import doctor
+from cluster.drain_command import drain
 from cluster.explain import explain
 from cluster.keys_command import keys_app
 from cluster.models_client import RefusedError, command
@@ -48,6 +49,7 @@ app.add_typer(dashboards_app, name="dashboards")
 app.add_typer(keys_app, name="keys")
 app.command()(bench)
 app.command()(doctor)
+app.command()(drain)
 app.command()(explain)
 app.command()(simulate)
 app.command()(plan)

@@ -50,7 +50,8 @@ from cluster.engine_slots import EngineSlots
 from cluster.errands import Errands
 from cluster.evacuation import Evacuation
 from cluster.migration import MigrationError
-from cluster.mover import Migrated, Mover, Trigger
+from cluster.move import Migrated, Trigger
+from cluster.mover import Mover
 from cluster.output_inbox import OutputInbox
 from cluster.prediction import PredictionError
 from cluster.prompt_prefix import prefix_ids, prompt_length
@@ -85,7 +86,7 @@ class ClusterCore:
     Attributes:
         replicas: those that answered the last poll, as they were then; reachable: how many.
         retried: requests sent again before their first token; continued: likewise, after it.
-        mover: what became of migrations; stays: why a request stays at a replica that is to be empty, by its id.
+        mover: what became of migrations.
         ttft_error, tpot_error: of what the router has predicted.
     """
 
@@ -115,7 +116,7 @@ class ClusterCore:
         self.replicas: list[ReplicaStats] = []
         self.retried = self.continued = 0
         self.ttft_error, self.tpot_error = PredictionError(), PredictionError()
-        self._model = model
+        self.model = model
         self._name = uuid4().hex
         self._handle = handle
         self._generate = handle.options(method_name="generate")
@@ -196,10 +197,6 @@ class ClusterCore:
         self._relays.clear()
 
     @property
-    def stays(self) -> dict[str, str]:
-        return self._evacuation.stays
-
-    @property
     def replica_numbers(self) -> dict[int, str]:
         """Replicas by the engine number that vLLM's metrics have for each."""
         return self._slots.owners
@@ -241,7 +238,7 @@ class ClusterCore:
             self.reachable = max(self.reachable, 1)  # the next poll counts them
             self.door.replicas(self.reachable, 0)
         except (RayError, RayServeException) as error:
-            logger.warning("no replica of %s has started: %s", self._model, error)
+            logger.warning("no replica of %s has started: %s", self.model, error)
 
     @property
     def in_flight(self) -> int:
@@ -251,10 +248,10 @@ class ClusterCore:
     def why_full(self, n: int) -> str | None:
         """Why ``n`` more requests cannot be taken now, or None where they can."""
         if self.reachable == 0:
-            return f"no replica of {self._model} can be reached now; try again in a few seconds"
+            return f"no replica of {self.model} can be reached now; try again in a few seconds"
         limit = self.reachable * self._replica_limit
         if self.in_flight + n > limit:
-            return f"all replicas of {self._model} are full ({self.in_flight} of {limit} requests); try again later"
+            return f"all replicas of {self.model} are full ({self.in_flight} of {limit} requests); try again later"
         return None
 
     # Relaying
@@ -352,14 +349,16 @@ class ClusterCore:
         it is."""
         return await self.mover.move(request_id, to)
 
-    async def drain(self, replicas: Collection[str], on: bool = True) -> None:
-        """Have replicas of this model get no request while there are others, and their requests move; or let them have
-        requests again. Raises MigrationError where one of them does not answer, or no other one would be left."""
-        left = [one for one in self.replicas if not one.draining and one.engine_id not in replicas]
-        if on and not left:
+    def check_drain(self, replicas: Collection[str]) -> None:
+        """Raises MigrationError where no other replica would take requests."""
+        if not any(one for one in self.replicas if not one.draining and one.engine_id not in replicas):
             raise MigrationError(
-                f"no other replica of {self._model} would take requests: have more of them first, or drain fewer"
+                f"no other replica of {self.model} would take requests: have more of them first, or drain fewer"
             )
+
+    async def drain(self, replicas: Collection[str], on: bool) -> None:
+        """Have replicas of this model get no request while there are others, and their requests move; or let them have
+        requests again. Raises MigrationError where one of them does not answer."""
         try:
             answers = await self._handle.broadcast("drain", sorted(replicas), on).results_async(
                 timeout_s=POLL_TIMEOUT_S, return_exceptions=True
@@ -369,6 +368,11 @@ class ClusterCore:
         if missing := set(replicas) - set(answers):
             raise MigrationError(f"{', '.join(sorted(missing))} did not answer", HTTPStatus.SERVICE_UNAVAILABLE)
         self._shut.update(replicas) if on else self._shut.difference_update(replicas)
+
+    def stays_at(self, replica: str) -> dict[str, str]:
+        """Why a request cannot leave that replica, by its id."""
+        stays = self._evacuation.stays
+        return {one: why for one, why in stays.items() if one in self._relays and self._relays[one].replica == replica}
 
     def _leaving(self) -> dict[str, Trigger]:
         """Replicas that are to be empty. Of those that Ray Serve ends it is the router that knows."""

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cluster.continuation import why_final
 from cluster.migration import CannotPush, MigrationError
-from cluster.mover import Mover, MoveOutcome, Trigger
+from cluster.move import MoveOutcome, Trigger
+from cluster.mover import Mover
 from cluster.relay import Relay
 from replicas.replica import ReplicaStats
 

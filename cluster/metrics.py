@@ -5,6 +5,7 @@ takes what a client sends: classes and models are those of the configuration, te
 """
 
 from cluster.admission import Verdict
+from cluster.move import MoveOutcome, Trigger
 from cluster.slo import Ending
 from memory_agent.metric import Kind, MetricSpec
 from memory_agent.metrics import DEVICE_LABELS
@@ -75,6 +76,27 @@ REQUESTS_CONTINUED = MetricSpec(
     "requests",
     _MODEL,
     "Answers that went on elsewhere when their replica had failed.",
+)
+MIGRATIONS = MetricSpec(
+    "ellm_migrations_total",
+    Kind.COUNTER,
+    "requests",
+    (*_MODEL, "trigger", "outcome"),
+    "Running requests that were to go on at another replica: why, and what became of it.",
+    {"trigger": tuple(Trigger), "outcome": tuple(MoveOutcome)},
+)
+MIGRATION_DOWNTIMES = MetricSpec(
+    "ellm_migration_downtimes_total", Kind.COUNTER, "requests", _MODEL, "Migrations whose downtime is known."
+)
+MIGRATION_DOWNTIME = MetricSpec(
+    "ellm_migration_downtime_seconds_total",
+    Kind.COUNTER,
+    "seconds",
+    _MODEL,
+    "Time from the last token at the source to the first one of the destination, of these.",
+)
+REPLICAS_DRAINING = MetricSpec(
+    "ellm_replicas_draining", Kind.GAUGE, "replicas", _MODEL, "Replicas that are to be empty."
 )
 REQUESTS_WAITING = MetricSpec(
     "ellm_requests_waiting", Kind.GAUGE, "requests", _MODEL, "Requests that wait for a replica, at the door."
@@ -170,6 +192,10 @@ INGRESS_METRICS = (
     REQUESTS_IN_FLIGHT,
     REQUESTS_RETRIED,
     REQUESTS_CONTINUED,
+    MIGRATIONS,
+    MIGRATION_DOWNTIMES,
+    MIGRATION_DOWNTIME,
+    REPLICAS_DRAINING,
     REQUESTS_WAITING,
     TOKENS_WAITING,
     REQUESTS_LIMIT,

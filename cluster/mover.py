@@ -4,53 +4,13 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
 from http import HTTPStatus
 
 from cluster.continuation import why_final
 from cluster.errands import ERRAND_S, Errands
 from cluster.migration import MigrationError, Rounds
+from cluster.move import Migrated, MoveOutcome, Trigger
 from cluster.relay import Relay
-
-
-class Trigger(StrEnum):
-    """Why a request moves."""
-
-    REQUEST = "request"
-    """Somebody has asked for it."""
-    DRAIN = "drain"
-    """Its replica, or its node, drains."""
-    STOP = "stop"
-    """Ray Serve ends its replica: fewer are needed, a new version comes, or the node goes."""
-
-
-class MoveOutcome(StrEnum):
-    """What became of a migration."""
-
-    MOVED = "moved"
-    FAILED = "failed"
-    """It went on where it was, or was continued as after a replica's death."""
-    RECOMPUTED = "recomputed"
-    """It had to leave without its KV, and was continued as after a replica's death."""
-
-
-@dataclass(frozen=True)
-class Migrated:
-    """How a migration went.
-
-    Attributes:
-        blocks_ahead: full KV blocks that were at the destination before the switch, in ``rounds``.
-        downtime_s: from the last token at the source to the first one of the destination; None where the answer ended
-            with the switch.
-    """
-
-    request_id: str
-    source: str
-    destination: str
-    blocks_ahead: int
-    rounds: int
-    downtime_s: float | None
 
 
 class Mover:

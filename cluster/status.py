@@ -1,6 +1,6 @@
 """Shows the controller's snapshot to people: the tables of ``ellm status``."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -25,7 +25,7 @@ def render_status(snapshot: dict[str, Any]) -> RenderableType:
         parts.append(render_slo(snapshot["slo"]))
     if devices:
         parts.append(_device_table(devices))
-        parts.append(_replica_table(devices))
+        parts.append(_replica_table(devices, {one["replica"] for one in snapshot["drains"]}))
         parts.extend(_waiting_lines(devices))
     else:
         parts.append(Text("no memory agent has reported within 3 s", style="yellow"))
@@ -127,7 +127,7 @@ def _device_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
     return table
 
 
-def _replica_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
+def _replica_table(devices: Iterable[tuple[str, dict[str, Any]]], draining: Container[str]) -> Table:
     table = _table(
         "\nReplicas: KV memory used, held and leased, host buffer; preempted, set aside; extents grown/shrunk",
         ("replica", "status"),
@@ -139,7 +139,7 @@ def _replica_table(devices: Iterable[tuple[str, dict[str, Any]]]) -> Table:
         for one in device["replicas"]:
             table.add_row(
                 Text(replica_name(one)),
-                replica_status(one),
+                Text("DRAINING", style="yellow") if one["engine_id"] in draining else replica_status(one),
                 Text(one["model"]),
                 *(format_bytes(one[size]) for size in _REPLICA_SIZES),
                 f"{one['kv_usage']:.0%}",

@@ -14,7 +14,7 @@ from vllm.v1.engine import EngineCoreRequest
 
 from cluster.core_client import ClusterCore
 from cluster.migration import MigrationError
-from cluster.mover import Migrated
+from cluster.move import Migrated
 from cluster.route import Route, Standing
 from memory_agent.lease_board import AgentWord, Lease, LeaseBoard, RowState
 from replicas.channel_wire import InboxAddress

@@ -44,8 +44,9 @@ def died() -> ActorDiedError:
     return ActorDiedError()
 
 
-def stats(engine_id: str, running: int = 0, waiting: int = 0) -> ReplicaStats:
-    return ReplicaStats(engine_id, 1, running, SchedulerStats(num_running_reqs=running, num_waiting_reqs=waiting))
+def stats(engine_id: str, running: int = 0, waiting: int = 0, draining: bool = False) -> ReplicaStats:
+    numbers = SchedulerStats(num_running_reqs=running, num_waiting_reqs=waiting)
+    return ReplicaStats(engine_id, 1, running, numbers, draining, f"node-of-{engine_id}", "10.0.0.1")
 
 
 async def no_errand(frames: Frames, lane: Lane) -> None:

@@ -1,5 +1,6 @@
 """The application in front of vLLM's: routes, refusals, several models, metrics."""
 
+import collections
 import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -72,6 +73,8 @@ def served(name: str) -> ServedModel:
         in_flight=2,
         retried=3,
         continued=0,
+        replicas=[],
+        mover=SimpleNamespace(counts=collections.Counter(), downtimes=0, downtime_s=0.0),
         rests=False,
         door=Door(),
         replica_numbers={0: "r"},

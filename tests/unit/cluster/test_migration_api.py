@@ -13,7 +13,7 @@ import cluster.models_client
 from cluster.cli import app
 from cluster.migration import MigrationError
 from cluster.migration_api import migration_routes
-from cluster.mover import Migrated
+from cluster.move import Migrated
 
 
 class PlayedCore:

@@ -48,6 +48,7 @@ def snapshot(*replicas: dict[str, Any]) -> dict[str, Any]:
     return {
         "nodes": [{"node": NODE, "devices": [device]}],
         "absent_devices": [],
+        "drains": [],
         "models": [model("smol"), model("fixed", elastic=False), {"name": "new", "phase": "sizing"}],
         "bounds": {"token_budget_max": 512, "active_max": 0},
         "slo": to_json([SLO]),
@@ -107,6 +108,13 @@ def test_replica_that_is_not_live_shows_its_state() -> None:
     text = shown(snapshot(replica("a", state="STARTING", pressure="NORMAL", start_bytes=512 << 20)))
     assert row_of(text, "a")[1] == "STARTING"
     assert "waits" not in text
+
+
+def test_replica_that_drains_says_so() -> None:
+    """Whatever its pressure."""
+    drains = [{"replica": "app#model#abc12345"}]
+    text = shown(snapshot(replica("app#model#abc12345"), replica("app#model#b")) | {"drains": drains})
+    assert (row_of(text, "abc12345")[1], row_of(text, "b")[1]) == ("DRAINING", "NORMAL")
 
 
 def test_replica_that_waits_to_start_says_for_what() -> None:
