@@ -68,7 +68,8 @@ class Evacuation:
         self, source: str, relays: Sequence[Relay], trigger: Trigger, takers: Sequence[ReplicaStats]
     ) -> None:
         for relay in relays:
-            if relay.finished or relay.replica != source or relay.destination is not None:
+            gone = relay.finished or relay.replica != source
+            if gone or relay.destination is not None or relay.request_id in self.stays:
                 continue
             if (why := why_final(relay.request)) is not None:
                 self.stays[relay.request_id] = why
@@ -77,11 +78,12 @@ class Evacuation:
                 return
             try:
                 await self._mover.move(relay.request_id, to, trigger)
+            except CannotPush as error:
+                self.stays[relay.request_id] = str(error)
             except MigrationError as error:
-                self._failures[relay.request_id] += 1
-                hopeless = isinstance(error, CannotPush) or self._failures[relay.request_id] == TRIES
                 logger.warning("request %s has not left %s: %s", relay.request_id, source, error)
-                if hopeless and not relay.finished and relay.replica == source:
+                self._failures[relay.request_id] += 1
+                if self._failures[relay.request_id] == TRIES and not relay.finished and relay.replica == source:
                     self._mover.counts[trigger, MoveOutcome.RECOMPUTED] += 1
                     self._recall(relay, f"replica {source} is to be empty, and {error}")
 

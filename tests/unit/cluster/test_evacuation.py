@@ -76,24 +76,27 @@ async def test_what_cannot_move_stays_to_its_end_and_is_listed() -> None:
                 await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize(("faults", "tries"), [({"taken": "on purpose"}, TRIES), ({"push": RuntimeError("no")}, TRIES)])
-async def test_what_fails_to_move_is_computed_elsewhere(faults: dict[str, Any], tries: int) -> None:
+@pytest.mark.parametrize("faults", [{"taken": "on purpose"}, {"push": RuntimeError("on purpose")}])
+async def test_what_fails_to_move_is_computed_elsewhere(faults: dict[str, Any]) -> None:
     async with client() as one:
         one.a.faults = faults
         await one.core.drain(["a"], on=True)
         await one.check_to_the_end()
-        outcomes = {(Trigger.DRAIN, MoveOutcome.FAILED): tries, (Trigger.DRAIN, MoveOutcome.RECOMPUTED): 1}
+        outcomes = {(Trigger.DRAIN, MoveOutcome.FAILED): TRIES, (Trigger.DRAIN, MoveOutcome.RECOMPUTED): 1}
         assert counts(one) == outcomes
         assert one.b.said[-1] == "request"
 
 
-async def test_an_engine_that_cannot_push_is_asked_once() -> None:
+async def test_where_the_engine_cannot_push_it_stays() -> None:
+    """It is asked once."""
     async with client() as one:
         one.a.pushes = False
         await one.core.drain(["a"], on=True)
+        await one.until(lambda: bool(one.core.stays_at("a")))
+        assert "cannot move requests" in one.core.stays_at("a")["r"]
         await one.check_to_the_end()
-        outcomes = {(Trigger.DRAIN, MoveOutcome.FAILED): 1, (Trigger.DRAIN, MoveOutcome.RECOMPUTED): 1}
-        assert counts(one) == outcomes
+        assert counts(one) == {(Trigger.DRAIN, MoveOutcome.FAILED): 1}
+        assert one.b.said == []
 
 
 async def test_the_last_replica_does_not_drain() -> None:
