@@ -1,0 +1,221 @@
+"""What a live migration costs the request that moves, and those that do not. Two engines of the default model, float32,
+one core each; prompts are random, so that nothing of them is in a prefix cache.
+
+    downtime_steps_median    gap between the last token before and the first after, less a normal gap, in decode steps
+                             of that stream: median over contexts and rounds
+    downtime_context_slope   that gap, in steps, at the longest context over that at 1K tokens, less 1
+    slowdown_ratio           gap between tokens of two other streams while 4K tokens of context move, over that just
+                             before, the same streams running: median over rounds, of the side that is slower
+
+Beside each downtime, in the same run: all KV loaded after the stop (``staged``: copied ahead to the source's staging
+memory, as far as that holds it, and loaded by the destination when the request comes), and none moved (``recompute``).
+"""
+
+import argparse
+import asyncio
+import itertools
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.migration.two_replicas import Handle, Streams, two_replicas
+from benchmarks.record import finish
+from cluster.core_client import ClusterCore
+from cluster.default_model import get_default_model
+from cluster.migration import MigrationError, Rounds
+from replicas.spec import EngineSpec
+
+CONTEXTS = (256, 1024, 4096, 7500)
+SLOPE_FROM = 1024
+ROUNDS = {256: 5, 1024: 5, 4096: 3, 7500: 3}
+SLOWDOWN_CONTEXT, SLOWDOWN_ROUNDS = 4096, 4
+BEFORE, AFTER = 24, 8
+"""Tokens of a stream before it moves and after."""
+BLOCK_BYTES = 30 * 2 * 3 * 64 * 4 * 128  # layers x (K, V) x KV heads x head size x float32 x tokens a block
+CEILING_BLOCKS = 100
+IDS = range(1000, 40000)
+
+
+def spec() -> EngineSpec:
+    return EngineSpec(
+        model_name="smollm2",
+        model_path=str(get_default_model(print)),
+        max_model_len=8192,
+        dtype="float32",
+        kv_ceiling_bytes=CEILING_BLOCKS * BLOCK_BYTES,
+        kv_rest_bytes=2 * BLOCK_BYTES,
+        kv_guarantee_bytes=66 * BLOCK_BYTES,
+        weights_bytes=538 << 20,
+        max_num_seqs=16,
+        max_num_batched_tokens=2048,
+        elastic=True,
+        engine_args={"enforce_eager": True},
+    )
+
+
+@dataclass
+class Gaps:
+    """Of one way to move, at one context: gaps at the switch, and normal ones before it, in seconds."""
+
+    at_switch_s: list[float] = field(default_factory=list)
+    normal_s: list[float] = field(default_factory=list)
+
+    @property
+    def steps(self) -> list[float]:
+        """What is too much of each, in decode steps."""
+        return [(gap - normal) / normal for gap, normal in zip(self.at_switch_s, self.normal_s, strict=True)]
+
+    def to_json(self) -> dict[str, object]:
+        steps = self.steps
+        return {"downtime_steps": steps, "median": statistics.median(steps) if steps else None, "step_s": self.normal_s}
+
+
+class Bench:
+    """One run over two replicas. Requests start at "a" and move to "b"."""
+
+    def __init__(self, core: ClusterCore, handle: Handle) -> None:
+        self.core, self.handle, self.streams = core, handle, Streams(core)
+        self._rng, self._names = random.Random(7), (f"r{number}" for number in itertools.count())
+
+    async def downtimes(self, context: int, rounds: int) -> dict[str, Gaps]:
+        found = {"live": Gaps(), "staged": Gaps(), "recompute": Gaps()}
+        for number in range(rounds):
+            for way, gaps in found.items():
+                if way != "live" and number:  # they are long: once is enough to show it
+                    continue
+                try:
+                    gap, normal = await self._move_one(context, way)
+                except MigrationError as error:
+                    print(f"  {way} at {context}: {error}")
+                    continue
+                gaps.at_switch_s.append(gap)
+                gaps.normal_s.append(normal)
+                print(f"  {way} at {context} tokens: {(gap - normal) / normal:.2f} steps of {1000 * normal:.0f} ms")
+        return found
+
+    async def _move_one(self, context: int, way: str) -> tuple[float, float]:
+        name = await self._begin(context, 4 * BEFORE + 400)
+        try:
+            await self.streams.until(name, BEFORE)
+            normal = statistics.median(gaps_of(self.streams.times[name][4:]))
+            if way == "live":
+                moved = await self.core.migrate(name, "b")
+                assert moved.downtime_s is not None
+                gap = moved.downtime_s
+            elif way == "staged":
+                gap = await self._staged(name)
+            else:
+                gap = await self._recomputed(name)
+            await self.streams.until(name, len(self.streams.tokens[name]) + AFTER)
+            return gap, normal
+        finally:
+            await self.streams.end(name)
+            self.handle.first = "a"
+
+    async def _staged(self, name: str) -> float:
+        """One round into staging memory, of which the destination takes nothing ahead; then the switch."""
+        relay = self.core._relays[name]
+        block = self.core._info.block_tokens
+        rounds = Rounds(self.core._errands.run_at, relay.request, relay.token_ids, "a", "b", block)
+        relay.destination = "b"
+        relay.landed.clear()
+        try:
+            await rounds._order()
+            await rounds.switch()
+            await asyncio.wait_for(relay.landed.wait(), 60)
+        finally:
+            relay.destination = None
+            await rounds.end()
+        return relay.downtime_s
+
+    async def _recomputed(self, name: str) -> float:
+        relay, self.handle.first = self.core._relays[name], "b"
+        before = len(relay.token_ids)
+        self.core._recall(relay, "no KV is to move")
+        await self.streams.until(name, before + 1)
+        return max(gaps_of(self.streams.times[name][before - 1 :]))
+
+    async def slowdown(self, context: int, rounds: int) -> dict[str, list[float]]:
+        """Of two short streams on each side, by side: the gap while a long context moves over that before."""
+        ratios: dict[str, list[float]] = {"a": [], "b": []}
+        for number in range(rounds):
+            others = {}
+            for side in "aabb":
+                self.handle.first = side
+                others[await self._begin(128, 4000)] = side
+            self.handle.first = "a"
+            mover = await self._begin(context, 2000)
+            await self.streams.until(mover, 8)
+            calm_s = time.monotonic()
+            await self.streams.until(mover, 40)
+            began_s = time.monotonic()
+            await self.core.migrate(mover, "b")
+            ended_s = time.monotonic()
+            for side in ratios:
+                names = [name for name, where in others.items() if where == side]
+                calm = [gap for name in names for gap in gaps_of(within(self.streams.times[name], calm_s, began_s))]
+                moving = [gap for name in names for gap in gaps_of(within(self.streams.times[name], began_s, ended_s))]
+                ratios[side].append(statistics.fmean(moving) / statistics.fmean(calm))
+            slower = " and ".join(f"{side[-1]:.2f}" for side in ratios.values())
+            print(f"  {ended_s - began_s:.1f} s; gaps of the others {slower} times as long")
+            for name in (mover, *others):
+                await self.streams.end(name)
+        return ratios
+
+    async def _begin(self, context: int, tokens: int) -> str:
+        name = next(self._names)
+        await self.streams.ask(name, self._rng.choices(IDS, k=context), tokens)
+        await self.streams.until(name, 1)
+        return name
+
+
+def gaps_of(times: list[float]) -> list[float]:
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
+
+
+def within(times: list[float], begin_s: float, end_s: float) -> list[float]:
+    return [at_s for at_s in times if begin_s <= at_s <= end_s]
+
+
+def steps_of(found: dict[int, dict[str, Gaps]], context: int) -> float:
+    """The whole gap at the switch, in steps: median."""
+    return statistics.median(found[context]["live"].steps) + 1
+
+
+async def run(contexts: list[int], slowdown_rounds: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="ellm-migration-") as folder:
+        async with two_replicas(spec(), Path(folder)) as (core, handle):
+            bench = Bench(core, handle)
+            await bench._move_one(256, "live")  # the first of everything is slower
+            found = {context: await bench.downtimes(context, ROUNDS.get(context, 3)) for context in contexts}
+            ratios = await bench.slowdown(min(SLOWDOWN_CONTEXT, max(contexts)), slowdown_rounds)
+    everything = list(all_steps(found))
+    first = SLOPE_FROM if SLOPE_FROM in found else contexts[0]
+    headline = {
+        "downtime_steps_median": round(statistics.median(everything), 3),
+        "downtime_context_slope": round(steps_of(found, contexts[-1]) / steps_of(found, first) - 1, 3),
+        "slowdown_ratio": round(max(statistics.median(side) for side in ratios.values()), 3),
+    }
+    details = {str(context): {way: gaps.to_json() for way, gaps in ways.items()} for context, ways in found.items()}
+    finish("migration", headline, {"downtime": details, "slowdown": ratios})
+
+
+def all_steps(found: dict[int, dict[str, Gaps]]) -> Iterator[float]:
+    for ways in found.values():
+        yield from ways["live"].steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.migration", description=__doc__)
+    parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS), help="tokens; ascending")
+    parser.add_argument("--slowdown-rounds", type=int, default=SLOWDOWN_ROUNDS)
+    options = parser.parse_args()
+    asyncio.run(run(sorted(options.contexts), options.slowdown_rounds))
+
+
+if __name__ == "__main__":
+    main()
