@@ -10,8 +10,8 @@ requests, cancels one, and notices that a replica has died. Outputs come over th
 A relay (``cluster.relay``) holds the prompt and the token ids so far. A replica that dies, or does not answer before a
 request's first token (``cluster.attempt_watch``), costs a retry on another one, which goes on after the last token
 (``cluster.continuation``). Retries are bounded while no token comes, so that a request that kills its replicas ends
-with an error, in vLLM's form; so does one that cannot be continued. Each attempt has a ``Route``, by which it and the
-router know of each other.
+with an error, in vLLM's form, and is refused when it comes again (``cluster.suspects``); one that cannot be continued
+ends so too. Each attempt has a ``Route``, by which it and the router know of each other.
 
 A relay goes through the model's door (``cluster.door``), which may let it wait, before it goes to a replica. Where the
 cluster ends a request by itself, refused or past its deadline, vLLM sees an abort, and the HTTP layer says why.
@@ -34,7 +34,7 @@ from typing import Any
 from uuid import uuid4
 
 import msgspec
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from vllm.exceptions import VLLMValidationError
@@ -59,6 +59,7 @@ from cluster.relay import Relay
 from cluster.request_slo import CURRENT, Part
 from cluster.route import Route
 from cluster.routing_policy import RouteRequest
+from cluster.suspects import Suspects
 from cluster.tenancy import tenant_salt
 from replicas.channel_wire import InboxAddress
 from replicas.hop import Frames, HopCodec
@@ -134,6 +135,7 @@ class ClusterCore:
         self.mover = Mover(model, self._relays, self._errands, lambda: self._slots.owners.values(), info.block_tokens)
         self._evacuation = Evacuation(self.mover, self._relays, self._recall)
         self._shut: set[str] = set()
+        self._suspects = Suspects()
         self._outputs: list[EngineCoreOutput] = []
         self._stats: deque[EngineCoreOutputs] = deque()
         self._wake = asyncio.Event()
@@ -150,6 +152,8 @@ class ClusterCore:
         """Start relaying ``request``. Its outputs, errors among them, come out of ``get_output_async``."""
         if request.resumable or request.request_id in self._relays:
             raise VLLMValidationError("input that arrives in several parts does not work on a cluster of replicas yet")
+        if (why := self._suspects.why_refused(request)) is not None:
+            raise VLLMValidationError(why)
         owner = CURRENT.get()
         if owner is not None and owner.is_known:
             request.cache_salt = tenant_salt(owner.tenant, request.cache_salt)
@@ -268,6 +272,9 @@ class ClusterCore:
                 if relay.moved is not None or relay.recalled:
                     continue
                 tokens = len(relay.token_ids)
+                if isinstance(error, ActorDiedError) and not relay.has_answered:
+                    relay.deaths += 1
+                    self._suspects.died_with(relay.request)
                 if (why := relay.why_over()) is not None:
                     logger.error("request %s ends in an error after %d tokens: %s; %s", request_id, tokens, error, why)
                     self._fail(relay)
@@ -427,6 +434,7 @@ class ClusterCore:
             relay.landed.set()
         if not relay.has_answered and relay.route is not None:
             relay.route.first_token()
+            self._suspects.answered(relay.request)
         relay.token_ids.extend(output.new_token_ids)
         relay.part.tokens = len(relay.token_ids)
         relay.token_s = time.monotonic()

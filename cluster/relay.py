@@ -10,6 +10,7 @@ from cluster.bench.report import Slo
 from cluster.continuation import why_final
 from cluster.request_slo import Part
 from cluster.route import Route
+from cluster.suspects import DEATHS
 from replicas.hop import TPOT_TARGET_ARG, TTFT_TARGET_ARG
 from replicas.migration_words import Moved, without_words
 
@@ -28,6 +29,7 @@ class Relay:
         part: of the HTTP request whose context it came in: its targets are ``part.request.slo``.
         token_ids: output ids received so far; prompt and these are what another replica would need to go on.
         fault: what is wrong with its outputs, or with its replica, where something is.
+        deaths: of replicas that had it, one after the other, and gave no token of it.
         base: tokens that there were when the present attempt began.
         route, ticket: of the present attempt.
         given_up: the present attempt is being cancelled for its fault, and not by the client; recalled: likewise, and
@@ -48,6 +50,7 @@ class Relay:
     fault: str | None = None
     retries_left: int = RETRIES
     attempts: int = 0
+    deaths: int = 0
     base: int = 0
     route: Route | None = None
     ticket: int = 0
@@ -83,7 +86,9 @@ class Relay:
     def why_over(self) -> str | None:
         """Why the attempt that has failed was the last; None where another one may help."""
         if self.has_answered:
-            self.retries_left = RETRIES
+            self.retries_left, self.deaths = RETRIES, 0
+        if self.deaths >= DEATHS:
+            return f"{self.deaths} replicas have died while they had it"
         if self.is_last_attempt:
             return f"{self.attempts} attempts have failed"
         return why_final(self.request) if self.token_ids else None

@@ -142,7 +142,7 @@ class Bench:
     async def slowdown(self, context: int, rounds: int) -> dict[str, list[float]]:
         """Of two short streams on each side, by side: the gap while a long context moves over that before."""
         ratios: dict[str, list[float]] = {"a": [], "b": []}
-        for number in range(rounds):
+        for _ in range(rounds):
             others = {}
             for side in "aabb":
                 self.handle.first = side

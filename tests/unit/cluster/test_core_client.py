@@ -179,9 +179,23 @@ async def test_death_before_the_first_token_is_retried(make_core: MakeCore) -> N
     assert (tokens(outputs), outputs[-1].finish_reason, core.retried) == ([7], FinishReason.LENGTH, 1)
 
 
-async def test_retries_are_bounded(make_core: MakeCore) -> None:
-    """Three replicas that die under a request end it with an error."""
+async def test_a_request_that_kills_its_replicas_is_refused(make_core: MakeCore) -> None:
+    """Two replicas that die under a request end it with an error, and the same one reaches no third."""
     handle = FakeHandle([[died()]] * 9)
+    core = await make_core(handle)
+    await core.add_request_async(request())
+    outputs = await outputs_until(core, ended())
+    assert outputs[-1].finish_reason == FinishReason.ERROR
+    assert len(handle.calls) == 2
+    await until(lambda: core.in_flight == 0)
+    with pytest.raises(VLLMValidationError, match="2 replicas have died"):
+        await core.add_request_async(request("again"))
+    assert len(handle.calls) == 2
+
+
+async def test_retries_are_bounded(make_core: MakeCore) -> None:
+    """Three replicas that fail a request, and live, end it with an error."""
+    handle = FakeHandle([[task_error()]] * 9)
     core = await make_core(handle)
     await core.add_request_async(request())
     outputs = await outputs_until(core, ended())
