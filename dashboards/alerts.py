@@ -143,6 +143,17 @@ def alerts(objective: float = OBJECTIVE) -> tuple[Alert, ...]:
             "{{ $value | humanizePercentage }} of it is taken; what is pushed out is computed again.",
         ),
         Alert(
+            "EllmMigrationsFailing",
+            'sum by (model_name) (increase(ellm_migrations_total{outcome!="moved"}[10m])) > '
+            "0.5 * sum by (model_name) (increase(ellm_migrations_total[10m])) "
+            "and sum by (model_name) (increase(ellm_migrations_total[10m])) > 3",
+            "5m",
+            "ticket",
+            "migrations-failing",
+            "Most requests of {{ $labels.model_name }} that should move to another replica do not",
+            "{{ $value | humanize }} in ten minutes went on where they were, or were computed again elsewhere.",
+        ),
+        Alert(
             "EllmAgentSilent",
             "(max_over_time(ellm_device_report_age_seconds[15m]) unless ellm_device_report_age_seconds < 10)"
             " and on () (max(ellm_controller_reachable) == 1)",

@@ -51,6 +51,15 @@ def buffer(taken: int, evicted: int) -> dict[str, str]:
     }
 
 
+def migrations(moved: int, failed: int) -> dict[str, str]:
+    """So many a step."""
+    labels = 'model_name="m", trigger="drain", ingress="0"'
+    return {
+        f'ellm_migrations_total{{{labels}, outcome="moved"}}': f"0+{moved}x100",
+        f'ellm_migrations_total{{{labels}, outcome="failed"}}': f"0+{failed}x100",
+    }
+
+
 REACHABLE = {"ellm_controller_reachable": "1x400"}
 AGE = f"ellm_device_report_age_seconds{{{DEVICE}}}"
 APPLIED = 'ellm_controller_reports_total{outcome="applied"}'
@@ -79,6 +88,9 @@ CASES = [
     Case("EllmHostBufferExhausted", buffer(taken=96, evicted=3), "16m", ON_ENGINE),
     Case("EllmHostBufferExhausted", buffer(taken=96, evicted=0), "16m", None),
     Case("EllmHostBufferExhausted", buffer(taken=80, evicted=3), "16m", None),
+    Case("EllmMigrationsFailing", migrations(moved=1, failed=2), "16m", {"model_name": "m"}),
+    Case("EllmMigrationsFailing", migrations(moved=2, failed=1), "16m", None),
+    Case("EllmMigrationsFailing", migrations(moved=0, failed=0), "16m", None),
     Case("EllmAgentSilent", REACHABLE | {AGE: "0.2x20 15 30 45 60 _x200"}, "9m", ON_DEVICE),
     Case("EllmAgentSilent", REACHABLE | {AGE: "0.2x20 5 0.2x200"}, "9m", None),
     Case("EllmAgentSilent", {"ellm_controller_reachable": "1x20 0x200", AGE: "0.2x20 _x200"}, "9m", None),
