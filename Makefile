@@ -37,8 +37,12 @@ $(STAMP): pyproject.toml
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
+# The integration tests, which mostly wait for starts, in one process; the others in a second one. Both halves of a
+# small machine are busy then.
+SIDE_BY_SIDE := -n 2 --dist loadgroup
+
 test: setup ## Unit and integration tests that are not marked slow
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE) $(ARGS)
 
 test-full: setup helm ## Every test
 	$(BIN)/python -m pytest $(ARGS)

@@ -255,3 +255,16 @@ def test_requests_without_targets_have_those_of_the_settings() -> None:
         one._index.insert(PROMPT, one.fleet.index["a"])
         chosen[tpot_ms] = one.choose(route(20 * PREFIX_TOKENS, PROMPT), NOW_S)[0]
     assert chosen == {11.0: "b", 10_000.0: "a"}
+
+
+def test_a_replica_that_drains_gets_nothing_while_there_is_another(dispatcher: Dispatcher) -> None:
+    """The set is the core's own: what it says when the choice is made counts. An errand reaches it all the same."""
+    shut = {"a"}
+    dispatcher.look_at(["a", "b"], {}, -math.inf)
+    draining = [Route(RouteRequest(1), shut=shut) for _ in range(4)]
+    assert [dispatcher.choose(one, NOW_S) for one in draining] == [["b"]] * 4
+    assert dispatcher.choose(Route(RouteRequest(1), to="a", only=True, shut=shut), NOW_S) == ["a"]
+    shut.add("b")
+    assert set(dispatcher.choose(Route(RouteRequest(1), shut=shut), NOW_S)) == {"a", "b"}
+    shut.clear()
+    assert dispatcher.choose(draining[0], NOW_S)[0] == "a"

@@ -149,3 +149,19 @@ def test_age_of_a_report_counts_from_its_taking() -> None:
     assert (fleet.level[0], fleet.running[0], fleet.waiting[0]) == (PressureLevel.CRITICAL, 3, 2)
     assert list(fleet.fresh(50.5)) == [True, False]
     assert list(fleet.fresh(51.5)) == [False, False]
+
+
+async def test_a_replica_that_ray_serve_takes_out_is_gone_for_its_requests(router: PressureRouter) -> None:
+    """Those that are on their way to it learn so; one that stays is not."""
+    routes = [route(), route()]
+    a, b = replica("a"), replica("b")
+    router.update_replicas([])
+    for one in routes:
+        await first(router, a, b, to=one)
+    standings = {one.replica.replica_id: one.replica for one in routes if one.replica is not None}
+    assert set(standings) == {"a", "b"}
+    router._dispatcher.present({"a"})
+    assert (standings["a"].gone, standings["b"].gone) == (False, True)
+    router.update_replicas([])
+    assert standings["a"].gone
+    assert await first(router, a, to=route()) == "a"
