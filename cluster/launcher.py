@@ -125,12 +125,16 @@ class LocalCluster:
             return
         began = time.monotonic()
         self._report("stop", 0.0, "stopping what was started; Ctrl-C kills at once")
+
+        def lives() -> bool:
+            footprint.note_segments()  # each time: engines that were starting map more before they are killed
+            return footprint.ray_lives()
+
         try:
-            footprint.note_segments()
             while self._undo:
                 what, undo = self._undo.pop()
                 self._report("stop", time.monotonic() - began, what)
-                _run_while(footprint.ray_lives, undo, _UNDO_TIMEOUT_S)
+                _run_while(lives, undo, _UNDO_TIMEOUT_S)
             killed = footprint.clear(_STOP_PATIENCE_S)
         except KeyboardInterrupt:
             self.interruptible = False
@@ -231,7 +235,7 @@ def _run_while(lives: Callable[[], bool], work: Callable[[], None], timeout_s: f
     thread = threading.Thread(target=quietly, daemon=True)
     thread.start()
     deadline = time.monotonic() + timeout_s
-    while thread.is_alive() and time.monotonic() < deadline and lives():
+    while lives() and thread.is_alive() and time.monotonic() < deadline:
         thread.join(_POLL_S)
 
 
