@@ -321,9 +321,15 @@ def test_what_it_shows_is_what_status_says(browser: Browser, cluster: str, model
     assert len(set(used)) > 2, "memory has to be seen moving"
 
 
+def greedily(route: Any) -> None:
+    """The request goes on with no chance in its answer: a small model says anything where it draws lots."""
+    route.continue_(post_data=json.dumps(route.request.post_data_json | {"temperature": 0}))
+
+
 def test_the_chat_answers(browser: Browser, cluster: str) -> None:
     """A question typed into the page is answered by the model, streamed, and can be stopped."""
     with Seen(browser, cluster) as seen:
+        seen.page.route("**/v1/chat/completions", greedily)
         seen.page.fill("#chat-text", "What is the capital of France?")
         seen.page.press("#chat-text", "Enter")
         expect(seen.page.locator("#talk .assistant")).to_contain_text("Paris", timeout=60_000)
