@@ -2,7 +2,7 @@
 
 from dashboards.board import Board
 from dashboards.panel import Draw, Panel, Query
-from dashboards.promql import DEVICE, MODEL, NODE, OF_MODEL, OF_REPLICA, REPLICA, also, rate
+from dashboards.promql import DEVICE, MODEL, NODE, OF_REPLICA, RATE, REPLICA, also, rate
 
 HOST_BUFFER = Board(
     "ellm-host-buffer",
@@ -56,8 +56,14 @@ HOST_BUFFER = Board(
         Panel(
             "Tokens loaded instead of computed",
             "short",
-            (Query(rate("vllm:external_prefix_cache_hits_total", OF_MODEL, "model_name"), "{{model_name}}"),),
-            "A second.",
+            (
+                Query(
+                    f"sum by (replica) (rate(ellm_host_buffer_events_total{also(OF_REPLICA, 'event', 'loaded')}{RATE})"
+                    f" * ignoring (event) ellm_kv_block_tokens{OF_REPLICA})",
+                    "{{replica}}",
+                ),
+            ),
+            "A second; the last, partly filled block of a preempted request counts as a whole one.",
         ),
         Panel(
             "Preempted and set aside",
