@@ -229,7 +229,12 @@ VLLM_METRICS = (
     _vllm("prefix_cache_queries_total", Kind.COUNTER, "tokens", "Prompt tokens looked for in the prefix cache."),
     _vllm("prefix_cache_hits_total", Kind.COUNTER, "tokens", "Of these, found on the device."),
     _vllm("external_prefix_cache_queries_total", Kind.COUNTER, "tokens", "Looked for in the host buffer."),
-    _vllm("external_prefix_cache_hits_total", Kind.COUNTER, "tokens", "Of these, loaded from there."),
+    _vllm(
+        "external_prefix_cache_hits_total",
+        Kind.COUNTER,
+        "tokens",
+        "Of these, loaded from there; preempted requests are in neither.",
+    ),
     _vllm("time_to_first_token_seconds", Kind.HISTOGRAM, "seconds", "From arrival in the API to the first token."),
     _vllm("inter_token_latency_seconds", Kind.HISTOGRAM, "seconds", "Between two pieces of an answer."),
     _vllm("e2e_request_latency_seconds", Kind.HISTOGRAM, "seconds", "From arrival to the end."),
