@@ -50,9 +50,10 @@ class Load:
         self._ends = Event()
 
     def play(self) -> None:
-        """The script: calm, one request that moves, a crowd, a death in the middle of it, calm."""
+        """The script: calm, one request that moves, a drain, a crowd, a death in the middle of it, calm."""
         time.sleep(CALM_S)
         self._move_a_request()
+        self._drain_a_replica()
         with ThreadPoolExecutor(TALKERS + 2) as pool:
             crowd = [pool.submit(self._talk, number) for number in range(TALKERS)]
             crowd += [pool.submit(self._press) for _ in range(2)]
@@ -115,6 +116,15 @@ class Load:
             for replica in self._replicas()
         ]
         assert any(one.status_code == 200 for one in tried), [one.text for one in tried]
+
+    def _drain_a_replica(self) -> None:
+        """For a moment."""
+        target = min(self._replicas())
+        for undo in (False, True):
+            answer = self._http.post("/ellm/drain", json={"target": target, "undo": undo})
+            assert answer.status_code == 202, answer.text
+            until(lambda undo=undo: bool(self._http.get("/ellm/drains").json()["drains"]) != undo, "it is said", 30)
+            time.sleep(3)
 
     def _kill_a_replica(self) -> None:
         """One with a prompt that has no token yet, beside others that have; another replica takes its place."""
