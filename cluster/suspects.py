@@ -18,7 +18,7 @@ _MOST = 1024
 
 
 class Suspects:
-    """Of one core. Requests are the same that have the same prompt."""
+    """Of one core. Requests are the same that have the same prompt; of those without token ids none is suspected."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -30,6 +30,8 @@ class Suspects:
 
     def died_with(self, request: EngineCoreRequest) -> None:
         """A replica has died that had it, and had given no token of it."""
+        if not request.prompt_token_ids:
+            return
         one = _digest(request)
         count, _ = self._deaths.pop(one, (0, 0.0))
         self._deaths[one] = count + 1, self._clock()

@@ -44,6 +44,13 @@ def test_a_token_clears_it() -> None:
     assert len(suspects) == 0
 
 
+def test_without_token_ids_nobody_is_suspected() -> None:
+    suspects = Suspects()
+    for _ in range(DEATHS):
+        suspects.died_with(asking())
+    assert suspects.why_refused(asking()) is None
+
+
 def test_so_many_are_remembered_and_no_more() -> None:
     suspects = Suspects()
     for number in range(2000):
