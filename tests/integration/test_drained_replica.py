@@ -1,18 +1,15 @@
-"""Replicas of a real cluster that are emptied while they stream: by a drain, and because Ray Serve ends them. Every
-answer is the one of an undisturbed run."""
+"""A replica of a real cluster that is drained while it streams. Every answer is the one of an undisturbed run."""
 
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 
-from cluster.config import ModelConfig
-from cluster.models_client import ModelsClient, command
+from cluster.models_client import command
 
 PROMPTS = ["One day a fox", "The capital of", "In a small town", "Water is made of"]
 DEADLINE_S = 180.0
@@ -85,53 +82,3 @@ def test_a_replica_is_drained_while_it_streams(cluster: str, model: str) -> None
     assert metric(cluster, "ellm_migration_downtimes_total") >= 2
     command(cluster, "POST", "/ellm/drain", {"target": busy, "undo": True})
     until(lambda: not command(cluster, "GET", "/ellm/drains")["drains"], "it drains no more")
-
-
-@pytest.fixture
-def scaling(cluster: str) -> Iterator[str]:
-    """A model of one replica, and of two while there is much to do."""
-    model = ModelConfig.model_validate(
-        {
-            "name": "scaling",
-            "replicas": 1,
-            "max_model_len": 1024,
-            "max_num_seqs": 16,
-            "autoscaling_config": {"min_replicas": 1, "max_replicas": 2, "downscale_delay_s": 10.0},
-        }
-    )
-    client = ModelsClient(cluster)
-    client.add(model)
-    try:
-        until(lambda: metric(cluster, "ellm_replicas_reachable", '"scaling"') == 1, "a replica answers")
-        yield "scaling"
-    finally:
-        client.remove("scaling")
-        until(lambda: "scaling" not in [one["name"] for one in client.models()], "the model is gone")
-
-
-def test_a_replica_that_ray_serve_ends_is_emptied(cluster: str, scaling: str) -> None:
-    """Its streams move to the one that stays, instead of keeping it for as long as they last."""
-    tokens, enough = 600, threading.Event()
-    moved = '"scaling"', 'trigger="stop"', 'outcome="moved"'
-
-    def prompts(number: int) -> None:
-        while not enough.is_set():
-            number += 8
-            stream(cluster, scaling, f"{number} " * 350, 2)
-
-    with ThreadPoolExecutor(16) as pool:
-        burst = [pool.submit(prompts, number) for number in range(8)]
-        try:
-            until(lambda: metric(cluster, "ellm_replicas_reachable", '"scaling"') == 2, "a second replica answers")
-        finally:
-            enough.set()
-        for one in burst:
-            one.result()
-        streams = start(pool, cluster, scaling, tokens)
-        until(lambda: sorted(running(cluster, scaling).values()) == [2, 2], "they are at both")
-        until(lambda: metric(cluster, "ellm_replicas_reachable", '"scaling"') == 1, "one replica is enough")
-        until(lambda: metric(cluster, "ellm_migrations_total", *moved) >= 1, "a request has moved")
-        assert not all(one.done() for one in streams), "it moved while it streamed"
-        answers = [one.result() for one in streams]
-        assert answers == [one.result() for one in start(pool, cluster, scaling, tokens)]
-    assert metric(cluster, "ellm_requests_continued_total", '"scaling"') == 0

@@ -28,11 +28,21 @@ def phase(url: str, name: str) -> str:
     return next((model["phase"] for model in ModelsClient(url).models() if model["name"] == name), "gone")
 
 
+def metric(url: str, name: str, *labels: str) -> float:
+    """The sum of its series with these labels; -1 where there is none."""
+    lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
+    found = [line for line in lines if line.startswith(name + "{") and all(label in line for label in labels)]
+    return sum(float(line.rpartition(" ")[2]) for line in found) if found else -1
+
+
 def replicas(url: str, name: str) -> int:
     """That answer."""
-    lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
-    label = f'ellm_replicas_reachable{{model_name="{name}"}} '
-    return int(float(next((line.removeprefix(label) for line in lines if line.startswith(label)), "-1")))
+    return int(metric(url, "ellm_replicas_reachable", f'model_name="{name}"'))
+
+
+def asked_to_leave(url: str, name: str) -> float:
+    """Requests that were to leave a replica because Ray Serve ends it. A paced engine keeps them: it has no KV."""
+    return metric(url, "ellm_migrations_total", f'model_name="{name}"', 'trigger="stop"')
 
 
 def complete(url: str, name: str, tokens: int) -> int:
@@ -80,6 +90,7 @@ def test_up_under_load_and_down_without_breaking_a_stream(cluster: str, name: st
         assert [one.result() for one in burst] == [int(PACE * 20)] * len(burst)
         until(lambda: replicas(cluster, name) == 1 or all(one.done() for one in streams), "one replica is enough")
         assert not any(one.done() for one in streams), "the streams outlive the decision"
+        until(lambda: asked_to_leave(cluster, name) >= 1, "the stream of the one that ends is asked to leave")
         assert [one.result() for one in streams] == [long] * 2
 
 
