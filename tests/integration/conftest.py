@@ -6,7 +6,6 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -27,11 +26,8 @@ CLASSES = [
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the shared cluster first: those that only need some Ray then find it connected and start none of
-    their own. All of them in one process, where tests run in several."""
+    their own."""
     items.sort(key=lambda item: not {"cluster", "local_cluster"} & set(getattr(item, "fixturenames", ())))
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.xdist_group("integration"))
 
 
 @pytest.fixture(scope="session", autouse=True)
