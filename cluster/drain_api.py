@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from http import HTTPStatus
 from itertools import chain
-from json import JSONDecodeError
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -21,7 +20,9 @@ from starlette.routing import Route
 from cluster.api_errors import error_answer
 from cluster.core_client import ClusterCore
 from cluster.drains import drains, find
+from cluster.json_body import body_as
 from cluster.migration import MigrationError
+from memory_agent.errors import SettingsError
 
 
 class DrainRequest(BaseModel):
@@ -37,13 +38,11 @@ def drain_routes(cores: Callable[[], Sequence[ClusterCore]]) -> list[Route]:
     """The routes, to be put before any that matches everything. cores: of the models of this process."""
 
     async def drain(request: Request) -> Response:
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            return error_answer("the body should be application/json", HTTPStatus.BAD_REQUEST)
         try:
-            wanted = DrainRequest.model_validate(await request.json())
-        except (ValidationError, JSONDecodeError):
-            why = 'the body should be {"target": REPLICA or NODE}, with "undo": true to end a drain'
-            return error_answer(why, HTTPStatus.BAD_REQUEST)
+            expected = '{"target": REPLICA or NODE}, with "undo": true to end a drain'
+            wanted = await body_as(DrainRequest, request, expected)
+        except SettingsError as error:
+            return error_answer(str(error), HTTPStatus.BAD_REQUEST)
         there = cores()
         meant = find(wanted.target, there)
         if not meant:

@@ -6,16 +6,17 @@ POST /ellm/migrate    {"request_id": ID, "to": REPLICA}: move a running request;
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from http import HTTPStatus
-from json import JSONDecodeError
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cluster.api_errors import error_answer
 from cluster.core_client import ClusterCore
+from cluster.json_body import body_as
 from cluster.migration import MigrationError
+from memory_agent.errors import SettingsError
 
 
 class MigrateRequest(BaseModel):
@@ -32,12 +33,10 @@ def migration_routes(cores: Callable[[], Sequence[ClusterCore]]) -> list[Route]:
     these are."""
 
     async def migrate(request: Request) -> Response:
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            return error_answer("the body should be application/json", HTTPStatus.BAD_REQUEST)
         try:
-            wanted = MigrateRequest.model_validate(await request.json())
-        except (ValidationError, JSONDecodeError):
-            return error_answer('the body should be {"request_id": ID, "to": REPLICA}', HTTPStatus.BAD_REQUEST)
+            wanted = await body_as(MigrateRequest, request, '{"request_id": ID, "to": REPLICA}')
+        except SettingsError as error:
+            return error_answer(str(error), HTTPStatus.BAD_REQUEST)
         core = next((core for core in cores() if core.mover.has(wanted.request_id)), None)
         if core is None:
             why = f"no request {wanted.request_id} runs at this ingress process: it has finished, or never was"

@@ -6,12 +6,10 @@
     DELETE /ellm/models/{name}    remove it
     PATCH  /ellm/models/{name}    {"guarantee": SIZE, "ceiling": SIZE}, either may be left out
 
-Commands are begun, not waited for: the answer is 202. A body has to be announced as application/json, which a web page
-of another origin cannot do without asking first.
+Commands are begun, not waited for: the answer is 202.
 """
 
 import asyncio
-import json
 from collections.abc import Awaitable, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -24,6 +22,7 @@ from starlette.routing import Route
 
 from cluster.api_errors import error_answer
 from cluster.config import ModelConfig, Size
+from cluster.json_body import json_body
 from cluster.model_set import ModelConflictError, UnknownModelError
 from cluster.registry_link import registry_actor
 from memory_agent.errors import SettingsError
@@ -56,7 +55,7 @@ async def _list(request: Request) -> Response:
 
 
 async def _add(request: Request) -> Response:
-    config = ModelConfig.model_validate(await _body(request))
+    config = ModelConfig.model_validate(await json_body(request))
     await _ask("add", config)
     return JSONResponse({"name": config.name}, HTTPStatus.ACCEPTED)
 
@@ -73,7 +72,7 @@ async def _remove(request: Request) -> Response:
 
 async def _limit(request: Request) -> Response:
     name = request.path_params["name"]
-    wanted = LimitRequest.model_validate(await _body(request))
+    wanted = LimitRequest.model_validate(await json_body(request))
     if not wanted.model_fields_set:
         raise SettingsError('nothing to change: say "guarantee" or "ceiling", a size such as "512MiB" or "auto"')
     await _ask("limit", name, {key: getattr(wanted, key) for key in wanted.model_fields_set})
@@ -110,17 +109,6 @@ def _endpoint(commands: Mapping[str, Any]) -> Any:
 def _explain(item: Mapping[str, Any]) -> str:
     where = ".".join(map(str, item["loc"])) or "the body"
     return f"{where}: {item['msg'].removeprefix('Value error, ')}"
-
-
-async def _body(request: Request) -> Any:
-    """The body's JSON. Raises SettingsError."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip()
-    if kind != "application/json":
-        raise SettingsError(f"the body should be application/json, found {kind or 'nothing'}")
-    try:
-        return json.loads(await request.body())
-    except ValueError as error:
-        raise SettingsError(f"the body is not JSON: {error}") from error
 
 
 async def _ask(method: str, *args: Any) -> Any:
