@@ -58,6 +58,7 @@ from cluster.move import MoveOutcome, Trigger
 from cluster.slo_ledger import SloLedger
 from memory_agent.metric import MetricSpec, families
 from memory_agent.metrics import DEVICE_METRICS, ENGINE_METRICS, device_labels, engine_labels
+from memory_agent.reports import replica_name
 from replicas.metrics import REPLICA_METRICS
 
 CONTROLLER_TIMEOUT_S = 2.0
@@ -139,7 +140,7 @@ class CoreCollector(Collector):
         tallies = self._ledger.account(name).by_replica
         for number, replica in core.replica_numbers.items():
             engine = [name, str(number)]
-            made.add(REPLICA_INFO, [*engine, replica.rpartition("#")[2]], 1)
+            made.add(REPLICA_INFO, [*engine, replica_name(replica)], 1)
             if replica in tallies:
                 made.add(SLO_REPLICA_REQUESTS, engine, tallies[replica].counted)
                 made.add(SLO_REPLICA_KEPT, engine, tallies[replica].kept)

@@ -8,7 +8,7 @@ import typer
 
 from cluster.models_client import RefusedError, command
 from cluster.readiness import NoAnswer
-from cluster.status import replica_name
+from memory_agent.reports import replica_name
 
 _LOOK_S = 0.5
 
@@ -29,7 +29,7 @@ def drain(
     except (NoAnswer, RefusedError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    names = ", ".join(sorted(replica_name({"engine_id": one}) for one in replicas))
+    names = ", ".join(sorted(map(replica_name, replicas)))
     if as_json:
         typer.echo(json.dumps({"replicas": sorted(replicas), "left": left}))
     elif undo:
@@ -62,6 +62,6 @@ def _wait(url: str, replicas: set[str], deadline_s: float, quiet: bool) -> list[
 def _in_words(left: list[dict[str, Any]]) -> str:
     lines = []
     for one in left:
-        lines.append(f"{replica_name({'engine_id': one['replica']})} of {one['model']}: {one['streams']} left")
+        lines.append(f"{replica_name(one['replica'])} of {one['model']}: {one['streams']} left")
         lines += [f"  {request} stays to its end: {why}" for request, why in one["stays"].items()]
     return "\n".join(lines)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.core_client import ClusterCore
+from memory_agent.reports import replica_name
 from replicas.replica import ReplicaStats
 
 
@@ -42,5 +43,5 @@ def find(target: str, cores: Sequence[ClusterCore]) -> dict[ClusterCore, list[st
 
 
 def _is(replica: ReplicaStats, target: str) -> bool:
-    named = target in (replica.engine_id, replica.engine_id.rpartition("#")[2], replica.node_ip)
+    named = target in (replica.engine_id, replica_name(replica.engine_id), replica.node_ip)
     return named or (len(target) >= 8 and replica.node_id.startswith(target))

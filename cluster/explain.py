@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from cluster.readiness import NoAnswer, read_decisions
+from memory_agent.reports import replica_name
 
 
 def explain(
@@ -39,7 +40,7 @@ def render_decisions(decisions: Iterable[dict[str, Any]]) -> RenderableType:
 
 def _lines(decision: dict[str, Any]) -> Iterable[Text]:
     """What was decided and why, and below it what was seen."""
-    subject = str(decision["subject"]).rpartition("#")[2]
+    subject = replica_name(str(decision["subject"]))
     first = Text(f"{_ago(decision['age_s']):>8}  ", style="dim")
     first.append(f"{decision['kind']} ", style="default not dim")
     first.append(f"{subject}: ", style="bold not dim")

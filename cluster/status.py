@@ -7,6 +7,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from memory_agent.reports import replica_name
+
 _UNITS = ("B", "Ki", "Mi", "Gi", "Ti")
 _REPLICA_SIZES = ("used_bytes", "held_bytes_os", "limit_bytes", "host_bytes")
 _ENDINGS = ("answered", "rejected", "failed", "timed_out", "cancelled")
@@ -138,7 +140,7 @@ def _replica_table(devices: Iterable[tuple[str, dict[str, Any]]], draining: Cont
     for _, device in devices:
         for one in device["replicas"]:
             table.add_row(
-                Text(replica_name(one)),
+                Text(replica_name(one["engine_id"])),
                 Text("DRAINING", style="yellow") if one["engine_id"] in draining else replica_status(one),
                 Text(one["model"]),
                 *(format_bytes(one[size]) for size in _REPLICA_SIZES),
@@ -152,8 +154,9 @@ def _replica_table(devices: Iterable[tuple[str, dict[str, Any]]], draining: Cont
 def _waiting_lines(devices: Iterable[tuple[str, dict[str, Any]]]) -> list[Text]:
     return [
         Text(
-            f"{replica_name(one)} waits to start: it takes {format_bytes(one['start_bytes'])} of the budget, and has "
-            f"{format_bytes(one['limit_bytes'])}; others have to give back, or to finish their start",
+            f"{replica_name(one['engine_id'])} waits to start: it takes {format_bytes(one['start_bytes'])} "
+            f"of the budget, and has {format_bytes(one['limit_bytes'])}; "
+            "others have to give back, or to finish their start",
             style="yellow",
         )
         for _, device in devices
@@ -178,11 +181,6 @@ def replica_status(replica: dict[str, Any]) -> Text:
     if replica["state"] == "LIVE":
         return render_level(replica["pressure"])
     return Text("WAITING" if _waits(replica) else replica["state"], style="yellow")
-
-
-def replica_name(replica: dict[str, Any]) -> str:
-    """The part of its identity that people use."""
-    return str(replica["engine_id"].rpartition("#")[2])
 
 
 def render_level(level: str) -> Text:

@@ -15,7 +15,8 @@ from rich.text import Text
 from cluster.explain import render_decisions
 from cluster.readiness import NoAnswer, read_decisions, read_status
 from cluster.recent_slo import RecentSlo
-from cluster.status import format_bytes, render_level, replica_name, replica_status, short_name
+from cluster.status import format_bytes, render_level, replica_status, short_name
+from memory_agent.reports import replica_name
 
 _OWNERS = (
     ("used", "kv_used_bytes", "blue"),
@@ -125,7 +126,9 @@ def _replicas(device: dict[str, Any]) -> Table:
         bar = _bar(parts, _REPLICA_BAR, mark=limit / longest)
         sizes = map(format_bytes, (used, held, limit))
         counts = str(one["running"]), Text(str(one["waiting"]), "yellow" if one["waiting"] else "")
-        table.add_row(Text(replica_name(one)), replica_status(one), Text(one["model"]), bar, *sizes, *counts)
+        table.add_row(
+            Text(replica_name(one["engine_id"])), replica_status(one), Text(one["model"]), bar, *sizes, *counts
+        )
     return table
 
 

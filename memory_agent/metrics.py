@@ -6,7 +6,7 @@ An engine is named by its model and its replica's id, of which a device has at m
 from collections.abc import Callable, Mapping
 
 from memory_agent.metric import Kind, MetricSpec, Reading
-from memory_agent.reports import DeviceReport, EngineReport, PressureLevel
+from memory_agent.reports import DeviceReport, EngineReport, PressureLevel, replica_name
 
 DEVICE_LABELS = ("node", "device")
 ENGINE_LABELS = (*DEVICE_LABELS, "model_name", "replica")
@@ -22,8 +22,7 @@ def device_labels(report: DeviceReport) -> dict[str, str]:
 
 
 def engine_labels(report: DeviceReport, engine: EngineReport) -> dict[str, str]:
-    replica = engine.engine_id.rpartition("#")[2]
-    return {**device_labels(report), "model_name": engine.model, "replica": replica}
+    return {**device_labels(report), "model_name": engine.model, "replica": replica_name(engine.engine_id)}
 
 
 def device_metric(

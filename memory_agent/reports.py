@@ -5,6 +5,11 @@ from enum import IntEnum
 from typing import Any
 
 
+def replica_name(engine_id: str) -> str:
+    """The part of a Serve replica's unique id that people use."""
+    return engine_id.rpartition("#")[2]
+
+
 class PressureLevel(IntEnum):
     """How short of memory a device or an engine is."""
 
