@@ -49,12 +49,11 @@ class Evacuation:
         """
         self.stays = {one: why for one, why in self.stays.items() if one in self._relays}
         self._failures = Counter({one: count for one, count in self._failures.items() if one in self._relays})
+        self._emptying = {one: task for one, task in self._emptying.items() if not task.done()}
         for replica, trigger in leaving.items():
-            task = self._emptying.get(replica)
-            if (task is None or task.done()) and (there := self._at(replica)):
+            if replica not in self._emptying and (there := self._at(replica)):
                 work = self._empty(replica, there, trigger, takers)
                 self._emptying[replica] = asyncio.get_running_loop().create_task(work)
-        self._emptying = {one: task for one, task in self._emptying.items() if not task.done()}
 
     def close(self) -> None:
         for task in self._emptying.values():
