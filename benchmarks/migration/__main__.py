@@ -18,14 +18,13 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from benchmarks import overhead
 from benchmarks.migration.two_replicas import Handle, Streams, two_replicas
 from benchmarks.record import finish
 from cluster.core_client import ClusterCore
-from cluster.default_model import get_default_model
 from cluster.migration import Rounds
 from replicas.spec import EngineSpec
 
@@ -37,25 +36,19 @@ STAGED_MOST, RECOMPUTED_MOST = 2048, 4096
 SLOWDOWN_CONTEXT, SLOWDOWN_ROUNDS = 4096, 4
 BEFORE, AFTER = 24, 8
 """Tokens of a stream before it moves and after."""
-BLOCK_BYTES = 30 * 2 * 3 * 64 * 4 * 128  # layers x (K, V) x KV heads x head size x float32 x tokens a block
-CEILING_BLOCKS = 100
+CEILING_BLOCKS, REST_BLOCKS, GUARANTEE_BLOCKS = 100, 2, 66
 IDS = range(1000, 40000)
 
 
 def spec() -> EngineSpec:
-    return EngineSpec(
-        model_name="smollm2",
-        model_path=str(get_default_model(print)),
+    """The engine of ``benchmarks.overhead``, for longer contexts."""
+    return replace(
+        overhead.spec(elastic=True),
         max_model_len=8192,
-        dtype="float32",
-        kv_ceiling_bytes=CEILING_BLOCKS * BLOCK_BYTES,
-        kv_rest_bytes=2 * BLOCK_BYTES,
-        kv_guarantee_bytes=66 * BLOCK_BYTES,
-        weights_bytes=538 << 20,
+        kv_ceiling_bytes=CEILING_BLOCKS * overhead.BLOCK_BYTES,
+        kv_rest_bytes=REST_BLOCKS * overhead.BLOCK_BYTES,
+        kv_guarantee_bytes=GUARANTEE_BLOCKS * overhead.BLOCK_BYTES,
         max_num_seqs=16,
-        max_num_batched_tokens=2048,
-        elastic=True,
-        engine_args={"enforce_eager": True},
     )
 
 
@@ -193,7 +186,7 @@ async def run(contexts: list[int], slowdown_rounds: int) -> None:
             await bench._move_one(256, "live")  # the first of everything is slower
             found = {context: await bench.downtimes(context, ROUNDS.get(context, 3)) for context in contexts}
             ratios = await bench.slowdown(min(SLOWDOWN_CONTEXT, max(contexts)), slowdown_rounds)
-    everything = list(all_steps(found))
+    everything = [steps for ways in found.values() for steps in ways["live"].steps]
     first = SLOPE_FROM if SLOPE_FROM in found else contexts[0]
     headline = {
         "downtime_steps_median": round(statistics.median(everything), 3),
@@ -202,11 +195,6 @@ async def run(contexts: list[int], slowdown_rounds: int) -> None:
     }
     details = {str(context): {way: gaps.to_json() for way, gaps in ways.items()} for context, ways in found.items()}
     finish("migration", headline, {"downtime": details, "slowdown": ratios})
-
-
-def all_steps(found: dict[int, dict[str, Gaps]]) -> Iterator[float]:
-    for ways in found.values():
-        yield from ways["live"].steps
 
 
 def main() -> None:
