@@ -3,7 +3,6 @@ controller."""
 
 import logging
 import os
-import socket
 import tempfile
 from collections.abc import Iterator
 
@@ -11,6 +10,7 @@ import pytest
 
 from cluster.config import ClusterConfig, HttpConfig, ModelConfig, SloClass
 from cluster.launcher import LocalCluster
+from tests.integration.watching import free_port
 
 # Ray reads this once, when it is imported first, and the test modules import it before any cluster is started.
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -42,7 +42,7 @@ def vllm_sockets() -> Iterator[None]:
 def local_cluster() -> Iterator[LocalCluster]:
     """The cluster. This process is connected to its Ray, in the namespace ``ellm``."""
     model = ModelConfig(replicas=2, max_model_len=MAX_MODEL_LEN, max_num_seqs=16)
-    config = ClusterConfig(models=[model], http=HttpConfig(port=_free_port()), slo=CLASSES)
+    config = ClusterConfig(models=[model], http=HttpConfig(port=free_port()), slo=CLASSES)
     log = logging.getLogger("local_cluster")
     with LocalCluster(config, lambda stage, seconds, line: log.info("%s %.1f s: %s", stage, seconds, line)) as cluster:
         yield cluster
@@ -58,10 +58,3 @@ def cluster(local_cluster: LocalCluster) -> str:
 def model(local_cluster: LocalCluster) -> str:
     """The name that requests use for the cluster's model."""
     return local_cluster.config.models[0].name
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

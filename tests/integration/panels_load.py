@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.integration.served_cluster import until
+from tests.integration.watching import until
 
 PATIENT, SHED = "patient", "hasty"
 """SLO classes. Who is of the second is refused where the first token would come too late."""
@@ -20,6 +20,8 @@ CONVERSATIONS = 3
 """Of each talker, in turn: so that what it asked for before has left the device meanwhile."""
 CALM_S, CROWD_S = 10.0, 40.0
 PATIENCE_S = 240.0
+SCRAPES_S = 3.0
+"""For a Prometheus to see it, which looks once a second."""
 HAPPENS = (
     "ellm_preemptions_total{",
     "ellm_set_aside_total{",
@@ -124,7 +126,7 @@ class Load:
             answer = self._http.post("/ellm/drain", json={"target": target, "undo": undo})
             assert answer.status_code == 202, answer.text
             until(lambda undo=undo: bool(self._http.get("/ellm/drains").json()["drains"]) != undo, "it is said", 30)
-            time.sleep(3)
+            time.sleep(SCRAPES_S)
 
     def _kill_a_replica(self) -> None:
         """One with a prompt that has no token yet, beside others that have; another replica takes its place."""

@@ -1,9 +1,7 @@
 """Programs that a test starts and ends: `ellm serve`, a Prometheus, an Alertmanager."""
 
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,22 +11,10 @@ import httpx
 import psutil
 import yaml
 
+from tests.integration.watching import free_port, until
+
 START_S = 400.0
 END_S = 120.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def until(reached: Callable[[], bool], what: str, within_s: float) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not reached():
-        assert time.monotonic() < deadline_s, f"not within {within_s:g} s: {what}"
-        time.sleep(0.2)
 
 
 @contextmanager

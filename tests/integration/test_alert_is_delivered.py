@@ -18,7 +18,8 @@ from cluster.cluster_view import ClusterView
 from cluster.metrics_text import merged_text, text_families
 from cluster.scrape_targets import target_list
 from dashboards.files import export_files, write_files
-from tests.integration.served_cluster import answers, free_port, program, until
+from tests.integration.served_cluster import answers, program
+from tests.integration.watching import free_port, until
 from tests.unit.cluster.test_controller import BOUNDS, report
 from tests.unit.dashboards.prometheus_binaries import binary
 

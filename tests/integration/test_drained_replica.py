@@ -1,18 +1,20 @@
 """A replica of a real cluster that is drained while it streams. Every answer is the one of an undisturbed run."""
 
 import json
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TypeVar
 
 import httpx
 import pytest
 
 from cluster.models_client import command
+from tests.integration import watching
+from tests.integration.watching import metric
 
 PROMPTS = ["One day a fox", "The capital of", "In a small town", "Water is made of"]
 DEADLINE_S = 180.0
+T = TypeVar("T")
 
 pytestmark = pytest.mark.slow
 
@@ -33,18 +35,8 @@ def stream(url: str, model: str, prompt: str, tokens: int) -> str:
     return text
 
 
-def until(reached: Callable[[], Any], what: str) -> Any:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not (found := reached()):
-        assert time.monotonic() < deadline_s, f"not within {DEADLINE_S:g} s: {what}"
-        time.sleep(0.1)
-    return found
-
-
-def metric(url: str, name: str, *labels: str) -> float:
-    lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
-    found = [line for line in lines if line.startswith(name + "{") and all(label in line for label in labels)]
-    return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+def until(reached: Callable[[], T], what: str) -> T:
+    return watching.until(reached, what, DEADLINE_S)
 
 
 def running(url: str, model: str) -> dict[str, int]:

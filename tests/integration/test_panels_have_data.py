@@ -16,7 +16,8 @@ from dashboards.board import Board
 from dashboards.boards import BOARDS
 from dashboards.files import export_files, write_files
 from tests.integration.panels_load import CONFIG, PATIENT, SHED, Load
-from tests.integration.served_cluster import answers, free_port, program, served
+from tests.integration.served_cluster import answers, program, served
+from tests.integration.watching import free_port
 from tests.unit.dashboards.prometheus_binaries import binary
 
 pytestmark = pytest.mark.slow

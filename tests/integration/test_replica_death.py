@@ -1,15 +1,16 @@
 """A replica that is killed while it streams: its clients see nothing of it, and nothing of it stays."""
 
 import json
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from tests.integration import watching
 from tests.integration.replica_processes import replica_processes
 
 TOKENS = 60
@@ -43,19 +44,14 @@ def stream(url: str, model: str) -> tuple[int, bool]:
 
 
 def until(reached: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not reached():
-        assert time.monotonic() < deadline_s, f"not within {DEADLINE_S:g} s: {what}"
-        time.sleep(0.1)
+    watching.until(reached, what, DEADLINE_S)
 
 
 def test_killed_replica(cluster: str, model: str) -> None:
     """SIGKILL of a replica ends no stream: its own go on at the other one, with every token that was asked for. Those
     that come meanwhile are answered, its engine's processes end with it, and another replica takes its place."""
 
-    def metric(name: str) -> float:
-        lines = httpx.get(f"{cluster}/metrics", trust_env=False).text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+    metric = partial(watching.metric, cluster)
 
     def reported() -> list[int]:
         """Requests of each replica, as the router reads them: for a moment after they have ended, too."""

@@ -1,7 +1,6 @@
 """A model whose replicas come and go with its demand, with made-up answers at a given pace: up under load, down while
 streams run on, to none, and back for the next request."""
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +9,8 @@ import pytest
 
 from cluster.config import ModelConfig
 from cluster.models_client import ModelsClient
+from tests.integration import watching
+from tests.integration.watching import metric
 
 DEADLINE_S = 180.0
 PACE, RUNNING = 25.0, 4
@@ -18,21 +19,11 @@ pytestmark = pytest.mark.slow
 
 
 def until(reached: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not reached():
-        assert time.monotonic() < deadline_s, f"not within {DEADLINE_S:g} s: {what}"
-        time.sleep(0.2)
+    watching.until(reached, what, DEADLINE_S)
 
 
 def phase(url: str, name: str) -> str:
     return next((model["phase"] for model in ModelsClient(url).models() if model["name"] == name), "gone")
-
-
-def metric(url: str, name: str, *labels: str) -> float:
-    """The sum of its series with these labels; -1 where there is none."""
-    lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
-    found = [line for line in lines if line.startswith(name + "{") and all(label in line for label in labels)]
-    return sum(float(line.rpartition(" ")[2]) for line in found) if found else -1
 
 
 def replicas(url: str, name: str) -> int:
