@@ -16,7 +16,7 @@ ifeq ($(EXTRA),cpu)
 TORCH_FROM := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)",UV_TORCH_BACKEND=cpu)
 endif
 
-.PHONY: serve setup test test-unit test-integration test-full lint audit docs pages format bench-overhead bench-elastic bench-simulator bench-slo bench-serving-path bench-migration gpu-check helm clean fuzz
+.PHONY: serve setup test test-apart test-on-ray test-full lint audit docs pages format bench-overhead bench-elastic bench-simulator bench-slo bench-serving-path bench-migration gpu-check helm clean fuzz
 .DEFAULT_GOAL := serve
 
 # grafana-client brings urllib3-future, whose wheel overwrites urllib3; built like this it lies beside it.
@@ -37,19 +37,19 @@ $(STAMP): pyproject.toml
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
-# Side by side: the integration tests mostly wait for starts. With ARGS, such as "-k leases", in one process.
+# Side by side: what runs on a cluster mostly waits for others. With ARGS, such as "-k leases", in one process.
 test: setup ## Unit and integration tests that are not marked slow
 ifeq ($(ARGS),)
-	$(MAKE) --no-print-directory -j 2 test-unit test-integration
+	$(MAKE) --no-print-directory -j 2 test-apart test-on-ray
 else
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 endif
 
-test-unit: setup ## Those that start no cluster and no engine of the default model
-	$(BIN)/python -m pytest -m "not slow" --ignore tests/integration
+test-apart: setup ## Of these, those that do not share a Ray cluster
+	$(BIN)/python -m pytest -m "not slow and not ray"
 
-test-integration: setup ## Those that do
-	$(BIN)/python -m pytest -m "not slow" tests/integration
+test-on-ray: setup ## Of these, those that do
+	$(BIN)/python -m pytest -m "not slow and ray" tests/integration
 
 test-full: setup helm ## Every test
 	$(BIN)/python -m pytest $(ARGS)

@@ -24,10 +24,15 @@ CLASSES = [
 """Requests without a header are of the first. No TPOT is so tight that this machine's speed decides who enters."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks select
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the shared cluster first: those that only need some Ray then find it connected and start none of
-    their own."""
-    items.sort(key=lambda item: not {"cluster", "local_cluster"} & set(getattr(item, "fixturenames", ())))
+    their own. Both are marked."""
+    fixtures = {item: set(getattr(item, "fixturenames", ())) for item in items}
+    for item, names in fixtures.items():
+        if names & {"cluster", "local_cluster", "ray_cluster"}:
+            item.add_marker("ray")
+    items.sort(key=lambda item: not fixtures[item] & {"cluster", "local_cluster"})
 
 
 @pytest.fixture(scope="session", autouse=True)
