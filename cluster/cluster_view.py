@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import Any
 
 from cluster.decision import Decision, DecisionLog
+from cluster.move_planner import MoveOrder, MovePlanner, PlannedMove
 from cluster.target_planner import TargetPlanner, TargetSettings, step_time_of
 from memory_agent.reports import DeviceReport, EngineReport, PressureLevel
 from replicas.step_time import StepTime
@@ -81,10 +82,16 @@ _WITHOUT_AGE: Callable[[EnginePressure], tuple[Any, ...]] = attrgetter(
 
 @dataclass(frozen=True)
 class PressureView:
-    """Every engine with a fresh report. revision: grows with each change, also across restarts of the controller."""
+    """Every engine with a fresh report.
+
+    Attributes:
+        revision: grows with each change, also across restarts of the controller.
+        moves: requests that are to move now.
+    """
 
     revision: int
     engines: dict[str, EnginePressure]
+    moves: tuple[MoveOrder, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,18 +120,19 @@ class ClusterView:
     """State of the controller. ``now_s`` is monotonic seconds of one clock; epoch_ms: wall clock at its start.
 
     Attributes:
-        targets: of all engines; decisions: about them, and what else the controller is told of.
+        targets: of all engines; moves: between them; decisions: about both, and what else the controller is told of.
     """
 
     def __init__(self, settings: TargetSettings, epoch_ms: int) -> None:
         self.targets = TargetPlanner(settings, epoch_ms)
+        self.moves = MovePlanner(epoch_ms)
         self.decisions = DecisionLog()
         self._epoch_ms = epoch_ms
         self._devices: dict[tuple[str, str], _Received] = {}
         self._outcomes = dict.fromkeys(ReportOutcome, 0)
         # A wall clock as the first revision: no view of a former life can be mistaken for one of this life.
         self._revision = epoch_ms
-        self._shown: dict[str, tuple[Any, ...]] = {}
+        self._shown: tuple[dict[str, tuple[Any, ...]], tuple[MoveOrder, ...]] = {}, ()
         self._forget_at_s = -math.inf
 
     def receive(self, report: DeviceReport, now_s: float) -> ReportOutcome:
@@ -141,6 +149,8 @@ class ClusterView:
             for engine in report.engines:
                 if (decision := self.targets.plan(engine, now_s)) is not None:
                     self.decide(decision, now_s)
+            if self.targets.settings.migration and self.moves.is_due(now_s):
+                self._plan_moves(now_s)
         return outcome
 
     def decide(self, decision: Decision, now_s: float) -> None:
@@ -169,11 +179,11 @@ class ClusterView:
             for received in self._fresh(now_s)
             for engine in received.report.engines
         }
-        shown = {name: _WITHOUT_AGE(one) for name, one in engines.items()}
+        shown = {name: _WITHOUT_AGE(one) for name, one in engines.items()}, self.moves.orders
         if shown != self._shown:
             self._shown = shown
             self._revision += 1
-        return PressureView(self._revision, engines)
+        return PressureView(self._revision, engines, self.moves.orders)
 
     def measures(self, now_s: float) -> ControllerMeasures:
         """What metrics tell of it."""
@@ -204,6 +214,18 @@ class ClusterView:
                 "active_max": self.targets.settings.active_max,
             },
         }
+
+    def _plan_moves(self, now_s: float) -> None:
+        before = {(order.source, order.destination, order.trigger) for order in self.moves.orders}
+        engines = (
+            (engine, _share_blocks(received.report, engine) * engine.block_tokens)
+            for received in self._fresh(now_s)
+            for engine in received.report.engines
+        )
+        for move in self.moves.plan(engines, now_s):
+            order = move.order
+            if (order.source, order.destination, order.trigger) not in before:
+                self.decide(_decision_of(move), now_s)
 
     def _judge(self, report: DeviceReport, now_s: float) -> ReportOutcome:
         if not all(math.isfinite(number) and number >= 0 for number in _numbers(report)):
@@ -252,6 +274,12 @@ class ClusterView:
             "waiting": sum(engine.waiting for engine in report.engines),
             "replicas": replicas,
         }
+
+
+def _decision_of(move: PlannedMove) -> Decision:
+    order = move.order
+    seen = {"tokens": order.tokens, "room_tokens": order.room_tokens}
+    return Decision("move", order.source, f"a request to {order.destination}, for {order.trigger}", move.reason, seen)
 
 
 def _share_blocks(report: DeviceReport, engine: EngineReport) -> int:

@@ -381,6 +381,9 @@ class ControllerConfig(_Section):
     """true: it bounds the tokens of a step and the requests at once so that the tightest TPOT target holds, of the
     requests that run or else of the classes; and gives a replica that is late fewer requests where another one has
     room. false: the two bounds below are all."""
+    migration: bool = True
+    """true: where a replica is short of KV memory or late and another one has room, it has requests go there; those
+    that run take their KV along. false: they move only where somebody asks for it, or their replica drains or ends."""
     token_budget_max: int = Field(default=0, ge=0)
     """Most tokens a step of a replica may schedule; 0 leaves max_num_batched_tokens."""
     active_max: int = Field(default=0, ge=0)

@@ -16,7 +16,8 @@ ends so too. Each attempt has a ``Route``, by which it and the router know of ea
 A relay goes through the model's door (``cluster.door``), which may let it wait, before it goes to a replica. Where the
 cluster ends a request by itself, refused or past its deadline, vLLM sees an abort, and the HTTP layer says why.
 
-Requests move between replicas (``cluster.mover``), by hand and where a replica is to be empty (``cluster.evacuation``).
+Requests move between replicas (``cluster.mover``): by hand, where a replica is to be empty (``cluster.evacuation``),
+and from one that is full or late (``cluster.relief``).
 """
 
 import asyncio
@@ -26,7 +27,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -51,11 +52,13 @@ from cluster.errands import Errands
 from cluster.evacuation import Evacuation
 from cluster.migration import MigrationError
 from cluster.move import Migrated, Trigger
+from cluster.move_planner import MoveOrder
 from cluster.mover import Mover
 from cluster.output_inbox import OutputInbox
 from cluster.prediction import PredictionError
 from cluster.prompt_prefix import prefix_ids, prompt_length
 from cluster.relay import Relay
+from cluster.relief import Relief
 from cluster.request_slo import CURRENT, Part
 from cluster.route import Route
 from cluster.routing_policy import RouteRequest
@@ -100,6 +103,7 @@ class ClusterCore:
         replica_limit: int,
         door: Door | None = None,
         may_rest: bool = False,
+        routers: int = 1,
     ) -> None:
         """``open`` is to be awaited before the first request.
 
@@ -109,6 +113,7 @@ class ClusterCore:
             replica_limit: requests that one replica takes at once.
             door: in front of them; None lets every request in at once.
             may_rest: there can be no replica, while nobody asks for one.
+            routers: processes that have such a core of the model.
         """
         self.door = door or Door()
         self.resources = CoreResources()
@@ -135,6 +140,7 @@ class ClusterCore:
         self.mover = Mover(model, self._relays, self._errands, lambda: self._slots.owners.values(), info.block_tokens)
         self._evacuation = Evacuation(self.mover, self._relays, self._recall)
         self._shut: set[str] = set()
+        self._relief = Relief(self.mover, self._relays, self._recall, self._takes, 1 / routers)
         self._suspects = Suspects()
         self._outputs: list[EngineCoreOutput] = []
         self._stats: deque[EngineCoreOutputs] = deque()
@@ -193,6 +199,7 @@ class ClusterCore:
         for task in (*self._tasks, *([self._start] if self._start is not None else [])):
             task.cancel()
         self._evacuation.close()
+        self._relief.close()
         self.door.close()
         self._inbox.close()
         for relay in self._relays.values():
@@ -309,6 +316,8 @@ class ClusterCore:
             word = Arrival(moved.origin, moved.move, moved.computed)
             request = msgspec.structs.replace(request, sampling_params=with_word(request.sampling_params, word))
             relay.route.to, relay.moved, relay.attempts = relay.destination, None, relay.attempts - 1
+        elif relay.wanted is not None:
+            relay.route.to, relay.wanted, relay.attempts = relay.wanted, None, relay.attempts - 1
         self._by_ticket[relay.ticket] = relay
         error: Exception | None = None
         call = self._call(self._codec.encode_request(request), relay.ticket, relay.route)
@@ -355,6 +364,15 @@ class ClusterCore:
         """Move a running request to the replica ``to``, as somebody has asked. Raises MigrationError: it goes on where
         it is."""
         return await self.mover.move(request_id, to)
+
+    def relieve(self, orders: Iterable[MoveOrder]) -> None:
+        """Have requests go where the controller says that there is room for them; orders for other models count for
+        nothing here."""
+        self._relief.obey(orders)
+
+    def _takes(self, replica: str) -> bool:
+        """It is one of this model, and may get requests."""
+        return replica in self._slots.owners.values() and replica not in self._shut
 
     def check_drain(self, replicas: Collection[str]) -> None:
         """Raises MigrationError where no other replica would take requests."""

@@ -27,6 +27,7 @@ from cluster.api_metrics import IngressMetrics, MetricsEndpoint, stat_logger_in
 from cluster.app import ENGINE_DEPLOYMENT, ApiModel, model_app_name
 from cluster.auth_layer import AuthLayer
 from cluster.body_limits import BodyLimits
+from cluster.cluster_view import PressureView
 from cluster.config import ClusterConfig, HttpLimits
 from cluster.core_client import ClusterCore
 from cluster.door import open_door
@@ -36,6 +37,7 @@ from cluster.key_ring import KeyRing
 from cluster.malformed import answer_malformed
 from cluster.model_table import ModelTable, ServedModel
 from cluster.plain_paths import PlainPaths
+from cluster.pressure_view import PressureFollower
 from cluster.registry_link import RegistryFollower
 from cluster.slo_layer import SloLayer
 from cluster.slo_ledger import SloLedger
@@ -79,7 +81,14 @@ async def build_ingress(
     peers, metrics = IngressPeers(settings.http.ingress_replicas), IngressMetrics(table, ledger, rank)
     layer, reports = SloLayer(settings.slo, ledger), SloReports(ledger, peers)
 
+    def relieve(view: PressureView) -> None:
+        for model in table.routed:
+            model.engine.engine_core.relieve(view.moves)
+
+    pressure = PressureFollower(relieve)
+
     async def follow() -> None:
+        pressure.start()
         await asyncio.gather(follower.run(), *([keys.follow()] if keys is not None else []))
 
     api = build_api(table, layer, MetricsEndpoint(metrics, peers), reports.read, follow)
@@ -125,7 +134,10 @@ async def _serve(model: ApiModel, settings: ClusterConfig, replica_limit: int) -
     _learn(config, info)
     seqs = min(model.spec.max_num_seqs, replica_limit)
     door = open_door(settings.slo, settings.admission, seqs, model.replicas, settings.http.ingress_replicas)
-    core = ClusterCore(model.spec.model_name, handle, info, model.replicas, replica_limit, door, model.may_rest)
+    routers = settings.http.ingress_replicas
+    core = ClusterCore(
+        model.spec.model_name, handle, info, model.replicas, replica_limit, door, model.may_rest, routers
+    )
     await core.open(get_node_ip_address())  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     engine = ClusterEngine(config, core, [stat_logger_in(registry)])

@@ -13,12 +13,20 @@ class Trigger(StrEnum):
     """Its replica, or its node, drains."""
     STOP = "stop"
     """Ray Serve ends its replica: fewer are needed, a new version comes, or the node goes."""
+    EXHAUSTION = "exhaustion"
+    """Its replica is about to run out of KV memory."""
+    FRAGMENTATION = "fragmentation"
+    """A prompt waits at its replica, for memory that there is elsewhere."""
+    SLO = "slo"
+    """Its replica is late, and another one has room."""
 
 
 class MoveOutcome(StrEnum):
     """What became of a migration."""
 
     MOVED = "moved"
+    REROUTED = "rerouted"
+    """It had no token yet, and waits elsewhere now."""
     FAILED = "failed"
     """It went on where it was, or was continued as after a replica's death."""
     RECOMPUTED = "recomputed"

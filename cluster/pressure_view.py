@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -24,11 +24,15 @@ RETRY_PERIOD_S = 0.5
 class PressureFollower:
     """Keeps the newest view.
 
+    Args:
+        heard: called with each view that comes.
+
     Attributes:
         reports: of each engine in it; their ages count from ``taken_s``, monotonic.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heard: "Callable[[PressureView], None] | None" = None) -> None:
+        self._heard = heard
         self.reports: Mapping[str, EnginePressure] = {}
         self.taken_s = -math.inf
         self._task: asyncio.Task[None] | None = None
@@ -41,6 +45,8 @@ class PressureFollower:
     def take(self, view: "PressureView", now_s: float) -> None:
         """Replace what is known by ``view``, received at ``now_s``; ages in it count from then."""
         self.reports, self.taken_s = view.engines, now_s
+        if self._heard is not None:
+            self._heard(view)
 
     async def _follow(self) -> None:
         controller: Any = None

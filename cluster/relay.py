@@ -35,6 +35,7 @@ class Relay:
         given_up: the present attempt is being cancelled for its fault, and not by the client; recalled: likewise, and
             it was nobody's fault.
         seen: tokens at the last look of ``cluster.attempt_watch``.
+        wanted: the replica that its next attempt should go to.
         destination: the replica that it is being moved to.
         moved: its replica has let it go, and no attempt has followed yet.
         landed: after it has moved it has brought a token, or has ended.
@@ -57,6 +58,7 @@ class Relay:
     given_up: bool = False
     recalled: bool = False
     seen: int = 0
+    wanted: str | None = None
     destination: str | None = None
     moved: Moved | None = None
     landed: asyncio.Event = field(default_factory=asyncio.Event)

@@ -40,19 +40,21 @@ class TargetSettings:
         token_budget_max, active_max: the most tokens of a step, and requests at once; 0 leaves the engine's own.
         batch_sizing: whether they are bounded further so that TPOT targets are kept.
         tpot_s: the tightest TPOT target of the classes, for requests that bring none of their own.
+        migration: whether requests move from replicas that are full or late to others.
     """
 
     token_budget_max: int = 0
     active_max: int = 0
     batch_sizing: bool = True
     tpot_s: float = math.inf
+    migration: bool = False
 
     @classmethod
     def of(cls, config: ClusterConfig) -> "TargetSettings":
         """Of a cluster's configuration."""
         bounds = config.controller
         tightest_s = min(one.tpot_ms for one in config.slo) / 1000
-        return cls(bounds.token_budget_max, bounds.active_max, bounds.batch_sizing, tightest_s)
+        return cls(bounds.token_budget_max, bounds.active_max, bounds.batch_sizing, tightest_s, bounds.migration)
 
 
 @dataclass

@@ -10,6 +10,7 @@ classes by the step at which they do (modulo a block), so neither needs a look a
 """
 
 import heapq
+import itertools
 from dataclasses import dataclass, field
 
 
@@ -23,6 +24,8 @@ class EngineRequest:
             admitted.
         first_token_s, finished_s: when; negative before.
         preemptions: how often it made way.
+        brought: tokens of its answer that it had when it was moved to the engine, and kv_there: with their KV, which
+            the engine has not taken yet.
     """
 
     request_id: int
@@ -34,6 +37,8 @@ class EngineRequest:
     first_token_s: float = -1.0
     finished_s: float = -1.0
     preemptions: int = 0
+    brought: int = 0
+    kv_there: bool = False
     computed: int = field(default=0, repr=False)
     held: int = field(default=0, repr=False)
     """Prefix blocks that it refers to."""
@@ -56,7 +61,8 @@ class DecodeBatch:
         self.steps = 0
         self._block_tokens = block_tokens
         self._growing = [0] * block_tokens
-        self._ends: list[tuple[int, int, EngineRequest]] = []
+        self._ends: list[tuple[int, int, int, EngineRequest]] = []
+        self._joins = itertools.count()
 
     def add(self, request: EngineRequest) -> None:
         """It has a token that is not stored yet, and decodes from the next step on."""
@@ -66,7 +72,7 @@ class DecodeBatch:
         self.rows += 1
         self.kv_tokens += stored
         self._growing[(self.steps - stored) % self._block_tokens] += 1
-        heapq.heappush(self._ends, (request.finishes, request.request_id, request))
+        heapq.heappush(self._ends, (request.finishes, request.request_id, next(self._joins), request))
 
     def remove(self, request: EngineRequest) -> None:
         """It stops where it is."""
@@ -81,7 +87,7 @@ class DecodeBatch:
     def steps_to_end(self) -> int:
         """Until the next request is done; there must be one."""
         ends = self._ends
-        while ends[0][0] != ends[0][2].finishes:  # removed meanwhile
+        while ends[0][0] != ends[0][-1].finishes:  # removed meanwhile
             heapq.heappop(ends)
         return ends[0][0] - self.steps
 
@@ -111,7 +117,7 @@ class DecodeBatch:
         self.kv_tokens += self.rows * steps
         done: list[EngineRequest] = []
         while self._ends and self._ends[0][0] <= self.steps:
-            finishes, _id, request = heapq.heappop(self._ends)
+            finishes, _, _, request = heapq.heappop(self._ends)
             if finishes == request.finishes:
                 self.remove(request)
                 done.append(request)

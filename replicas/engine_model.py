@@ -18,6 +18,7 @@ a request comes, which ends the run after the step under way.
 
 import math
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -127,6 +128,26 @@ class EngineModel:
             self._begin(now_s)
         elif self._run.steps > 1 and not self._blocked and len(self._running) < self._active:
             self._cut(self._run, now_s)
+
+    @property
+    def requests(self) -> Iterator[EngineRequest]:
+        """Those that run, then those that wait, each in their order."""
+        yield from self._running.values()
+        yield from self._waiting
+
+    def end_step(self, now_s: float) -> None:
+        """The run under way ends with the step under way."""
+        if self._run is not None and self._run.steps > 1:
+            self._cut(self._run, now_s)
+
+    def let_go(self, request: EngineRequest) -> bool:
+        """A request that decodes leaves with what it has; False for another one. The step that begins now was sized
+        with it."""
+        if request.finishes < 0 or request.request_id not in self._running:
+            return False
+        self._leave(request)
+        self._blocked = False
+        return True
 
     def cancel(self, request: EngineRequest) -> None:
         """Give a request up; one that is not here is passed over. It may still be part of the steps under way."""
@@ -316,12 +337,15 @@ class EngineModel:
         request.held = device
         request.computed = min((device + host) * self._prefix_tokens, known - 1)
         loaded = host * self._prefix_tokens
-        if request.preemptions and cache.take_back(-1 - request.request_id) and device + host == len(ids):
+        if request.kv_there:
+            loaded, request.computed = 0, known - 1
+        elif request.preemptions and cache.take_back(-1 - request.request_id) and device + host == len(ids):
             loaded = max(0, known - 1 - device * self._prefix_tokens)
             request.computed = known - 1
         self._load_s += loaded * self.profile.kv_token_bytes / self.profile.host.bytes_per_s
-        if not request.preemptions:
+        if not request.preemptions and not request.kv_there:
             request.hit_tokens = request.computed
+        request.kv_there = False
         self._own_blocks += blocks
         self._running[request.request_id] = self._prefilling[request.request_id] = request
         return True

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks import overhead
+from benchmarks.migration import simulated
 from benchmarks.migration.two_replicas import Handle, Streams, two_replicas
 from benchmarks.record import finish
 from cluster.core_client import ClusterCore
@@ -201,7 +202,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.migration", description=__doc__)
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS), help="tokens; ascending")
     parser.add_argument("--slowdown-rounds", type=int, default=SLOWDOWN_ROUNDS)
+    parser.add_argument("--simulate", action="store_true", help="instead: what moving is worth on simulated clusters")
     options = parser.parse_args()
+    if options.simulate:
+        simulated.run()
+        return
     asyncio.run(run(sorted(options.contexts), options.slowdown_rounds))
 
 

@@ -74,6 +74,7 @@ def simulate(
     tenants: _Tenants = 1,
     admission: Annotated[bool, typer.Option(help="Requests wait at the door, by class and deadline.")] = False,
     batch_sizing: Annotated[bool, typer.Option(help="The controller bounds steps and batches by TPOT.")] = False,
+    migration: Annotated[bool, typer.Option(help="Requests move from full or late replicas to others.")] = False,
     max_replicas: Annotated[int | None, typer.Option(help="Scale up to so many.", show_default="no scaling")] = None,
     start: Annotated[float, typer.Option(help="Seconds until a replica that is started is ready.")] = 60.0,
     fault: Annotated[
@@ -122,6 +123,7 @@ def simulate(
                 seed=seed,
                 admission=admission,
                 batch_sizing=batch_sizing,
+                migration=migration,
                 scaling=max_replicas is not None,
                 replicas_most=max_replicas or 0,
                 start_s=start,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from cluster.cluster_view import ClusterView
+from cluster.move_planner import MoveOrder
 from cluster.prediction import Predictor
 from cluster.scaling import Demand, ScalingSettings, ScalingState, decide_scale
 from cluster.simulator.scenario import Scenario
@@ -27,15 +28,20 @@ class ControlPlane:
     Attributes:
         rounds: of reports.
         wanted: replicas that there should be.
+        moves: requests that are to move, as of the last planning round.
     """
 
     def __init__(self, scenario: Scenario, replicas: Sequence[SimReplica], routers: Sequence[SimRouter]) -> None:
         profile = scenario.profile
         self.rounds = 0
         self.wanted = scenario.replicas
+        self.moves: Sequence[MoveOrder] = ()
+        self._moves_number = 0
         self._scenario, self._replicas, self._routers = scenario, replicas, routers
         self._tightest_s = min(one.tpot_ms for one in scenario.classes) / 1000
-        settings = TargetSettings(batch_sizing=scenario.batch_sizing, tpot_s=self._tightest_s)
+        settings = TargetSettings(
+            batch_sizing=scenario.batch_sizing, tpot_s=self._tightest_s, migration=scenario.migration
+        )
         self._view = ClusterView(settings, epoch_ms=0)
         # What is assumed first is wrong on purpose: it is learned from the steps that the engines report.
         known = profile.step_time
@@ -92,6 +98,8 @@ class ControlPlane:
         view = self._view.pressure_view(now_s)
         for router in self._routers:
             router.fleet.take(view.engines, now_s)
+        self.moves = [order for order in view.moves if order.number > self._moves_number]
+        self._moves_number = max((order.number for order in self.moves), default=self._moves_number)
         if self._scenario.scaling and now_s - self._scaled_s >= PLAN_EVERY_S:
             starting = self._scale(now_s, now_s - self._scaled_s, door_tokens)
             self._scaled_s = now_s

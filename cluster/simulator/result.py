@@ -1,12 +1,14 @@
 """What a simulation found, JSON-ready: latencies, attainment, goodput, memory by owner over time."""
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from cluster.bench.report import DEFAULT_PERCENTILES, Latencies
+from cluster.move import MoveOutcome, Trigger
 from cluster.prediction import PredictionError
 from cluster.simulator.arrivals import Arrival
 from cluster.simulator.memory_sample import MemorySample
@@ -37,6 +39,7 @@ class SimulationResult:
     """Attributes:
     duration_s: simulated, until the last request had ended.
     reports: rounds of them.
+    moves: migrations by trigger and outcome.
     rows: requests in the order in which they ended.
     """
 
@@ -47,6 +50,7 @@ class SimulationResult:
     duration_s: float = 0.0
     preemptions: int = 0
     reports: int = 0
+    moves: Counter[tuple[Trigger, MoveOutcome]] = field(default_factory=Counter)
     rows: list[RequestRow] = field(default_factory=list)
     samples: list[MemorySample] = field(default_factory=list)
 
@@ -112,6 +116,7 @@ class SimulationResult:
             "output_tokens_per_s": sum(row.output_tokens for row in answered) / max(self.duration_s, 1e-9),
             "prefix_hit_share": _finite(self.hit_share),
             "preemptions": self.preemptions,
+            "moves": {f"{trigger} {outcome}": count for (trigger, outcome), count in sorted(self.moves.items())},
             "prediction": {
                 name: {"count": error.count, "median_error": _finite(error.median), "bias": _finite(error.bias)}
                 for name, error in (("ttft", self.ttft_error), ("tpot", self.tpot_error))

@@ -25,9 +25,8 @@ class Scenario:
         timeout_s: after which a router gives up a replica that does not answer; retries: other replicas that it tries
             for a request that has no token yet.
         admission: requests wait in the ingress, in order of classes and deadlines, instead of in the engines.
-        batch_sizing: the controller sets targets by TPOT; scaling: it starts and drains replicas, from ``replicas`` up
-        to
-            ``replicas_most``, which take ``start_s`` to start.
+        batch_sizing: the controller sets targets by TPOT; migration: it has requests move; scaling: it starts and
+            drains replicas, from ``replicas`` up to ``replicas_most``, which take ``start_s`` to start.
         sample_every_s: period of the curve of memory by owner.
     """
 
@@ -44,6 +43,7 @@ class Scenario:
     retries: int = 2
     admission: bool = False
     batch_sizing: bool = False
+    migration: bool = False
     scaling: bool = False
     replicas_most: int = 0
     start_s: float = 60.0
@@ -91,6 +91,7 @@ class Scenario:
             "retries": self.retries,
             "admission": self.admission,
             "batch_sizing": self.batch_sizing,
+            "migration": self.migration,
             "scaling": self.scaling,
         }
 

@@ -49,6 +49,21 @@ class SimReplica:
         self.pace.arrive(request.request_id, request.prompt_tokens, objectives, now_s)
         self.engine.submit(request, now_s)
 
+    def take_in(self, request: EngineRequest, objectives: Objectives, now_s: float) -> EngineRequest:
+        """Give the engine a request that another one has let go, and its KV; what it is here."""
+        # A new one: the other engine's batch knows the old one still.
+        mine = replace(request, brought=request.generated, kv_there=True)
+        self.pace.arrive(mine.request_id, mine.known_tokens, objectives, now_s)
+        self.pace.answer(mine.request_id, 1, now_s)
+        self.engine.submit(mine, now_s)
+        return mine
+
+    def let_go(self, request: EngineRequest) -> bool:
+        """See ``EngineModel.let_go``."""
+        if gone := self.engine.let_go(request):
+            self.pace.forget(request.request_id)
+        return gone
+
     def advance(self) -> Progress:
         """End the engine's run of steps under way."""
         progress = self.engine.advance()
@@ -56,8 +71,8 @@ class SimReplica:
             self.pace.compute(one.prompt_tokens - one.hit_tokens, progress.at_s)
             self.pace.answer(one.request_id, 1, progress.at_s)
         for one in progress.finished:
-            if one.output_tokens > 1:
-                self.pace.answer(one.request_id, one.output_tokens - 1, progress.at_s)
+            if (tokens := one.output_tokens - one.brought) > 1:
+                self.pace.answer(one.request_id, tokens - 1, progress.at_s)
             self.pace.forget(one.request_id)
         return progress
 

@@ -23,6 +23,8 @@ from cluster.admission import AdmissionQueue, Ticket, Verdict
 from cluster.bench.report import Slo
 from cluster.bench.traces import BLOCK_TOKENS
 from cluster.config import SloClass
+from cluster.move import MoveOutcome
+from cluster.move_planner import Candidate, MoveOrder, pick
 from cluster.prediction import PredictionError, Predictor
 from cluster.routing_policy import LEFT_OUT, SATURATED, Ranking, RouteRequest
 from cluster.simulator.arrivals import Arrival
@@ -68,6 +70,16 @@ class _Request:
     ended: bool = False
 
 
+@dataclass(eq=False, slots=True)
+class _Move:
+    """A request on its way to the replica ``to``. is_copied: all but the newest of its KV is there."""
+
+    request: _Request
+    to: int
+    order: MoveOrder
+    is_copied: bool = False
+
+
 class Simulation:
     """One run. Raises BenchError for what does not fit together.
 
@@ -96,6 +108,8 @@ class Simulation:
         self._waiting: dict[int, _Request] = {}
         classes = scenario.classes
         self._tightest_s = min(c.ttft_ms for c in classes) / 1000, min(c.tpot_ms for c in classes) / 1000
+        self._rows = {name: row for row, name in enumerate(names)}
+        self._moving: dict[int, _Move] = {}
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._numbers = itertools.count()
         self._owners: dict[int, _Request] = {}
@@ -247,13 +261,17 @@ class Simulation:
             self._submit(request, row, now_s)
 
     def _submit(self, request: _Request, row: int, now_s: float) -> None:
-        arrival, slo = request.arrival, request.slo
+        arrival = request.arrival
         request.engine = EngineRequest(request.number, arrival.prompt_tokens, arrival.output_tokens, arrival.prefix)
         request.sent_s = now_s
         self._owners[request.number] = request
-        objectives = Objectives((slo.ttft_ms or math.inf) / 1000, (slo.tpot_ms or math.inf) / 1000)
-        self.replicas[row].submit(request.engine, objectives, now_s)
+        self.replicas[row].submit(request.engine, self._objectives(request), now_s)
         self._follow(row)
+
+    @staticmethod
+    def _objectives(request: _Request) -> Objectives:
+        slo = request.slo
+        return Objectives((slo.ttft_ms or math.inf) / 1000, (slo.tpot_ms or math.inf) / 1000)
 
     def _follow(self, row: int) -> None:
         """Be there when the engine's run of steps ends, unless it has been ended before."""
@@ -272,6 +290,8 @@ class Simulation:
                 self._tell(row, progress.started, progress.finished, now_s)
             else:
                 self._held_back.append((row, progress.started, progress.finished))
+        if row in self._moving and self._moving[row].is_copied:
+            self._switch(row, now_s)
         self._follow(row)
 
     def _tell(
@@ -343,6 +363,62 @@ class Simulation:
             self._ttft_error.observe(request.predicted[0], ttft_s - waited_s)
             self._tpot_error.observe(request.predicted[1], tpot_s)
 
+    # migration
+
+    def _move(self, order: MoveOrder, now_s: float) -> None:
+        """Have a request of the order's source go: at once where it has no token, else when its KV has been copied."""
+        row, to = self._rows[order.source], self._rows[order.destination]
+        if row in self._moving or not self._can_move(row, to):
+            return
+        there = {str(one.request_id): one for one in self.replicas[row].engine.requests}
+        chosen = pick(order, [Candidate(name, one.known_tokens, one.generated > 0) for name, one in there.items()])
+        if chosen is None:
+            return
+        engine = there[chosen.request_id]
+        request = self._owners[engine.request_id]
+        if chosen.answered:
+            move = self._moving[row] = _Move(request, to, order)
+            profile = self._scenario.profile
+            seconds = chosen.tokens * profile.kv_token_bytes / profile.host.bytes_per_s
+            self._at(now_s + seconds, partial(self._copied, row, move))
+            return
+        self._result.moves[order.trigger, MoveOutcome.REROUTED] += 1
+        self.replicas[row].cancel(engine)
+        fleet = request.router.fleet
+        fleet.ended(row, request.charged)
+        fleet.sent(to, request.charged)
+        request.row = to
+        self._submit(request, to, now_s)
+
+    def _can_move(self, row: int, to: int) -> bool:
+        return all(one.up and one.reachable for one in (self.replicas[row], self.replicas[to]))
+
+    def _copied(self, row: int, move: "_Move", now_s: float) -> None:
+        """What it lacks at the destination is the last step's: it goes when the step under way has ended."""
+        if self._moving.get(row) is not move:
+            return
+        move.is_copied = True
+        self.replicas[row].engine.end_step(now_s)
+        self._follow(row)
+        if self.replicas[row].engine.next_event_s == math.inf:
+            self._switch(row, now_s)
+
+    def _switch(self, row: int, now_s: float) -> None:
+        move = self._moving.pop(row)
+        request, to, engine = move.request, move.to, move.request.engine
+        assert engine is not None
+        here = not request.ended and request.row == row and self._owners.get(request.number) is request
+        moved = here and self._can_move(row, to) and self.replicas[row].let_go(engine)
+        self._result.moves[move.order.trigger, MoveOutcome.MOVED if moved else MoveOutcome.FAILED] += 1
+        if not moved:
+            return
+        request.row = to
+        fleet = request.router.fleet
+        fleet.ended(row)
+        fleet.sent(to, 0)
+        request.engine = self.replicas[to].take_in(engine, self._objectives(request), now_s)
+        self._follow(to)
+
     # control
 
     def _report(self, now_s: float) -> None:
@@ -350,6 +426,8 @@ class Simulation:
         self._control.report(now_s)
         for row in self._control.plan(now_s, self._door.tokens):
             self._at(now_s + self._scenario.start_s, partial(self._control.started, row))
+        for order in self._control.moves:
+            self._move(order, now_s)
         self._enter(now_s)
         self._at(now_s + self._scenario.report_every_s, self._report)
 
@@ -370,6 +448,8 @@ class Simulation:
 
     def _die(self, row: int, now_s: float) -> None:
         replica = self.replicas[row]
+        if (move := self._moving.pop(row, None)) is not None:
+            self._result.moves[move.order.trigger, MoveOutcome.FAILED] += 1
         lost = replica.drain()
         for router in self._routers:
             router.policy.lost(row)

@@ -36,6 +36,7 @@ class PlayedReplica:
 
     Attributes:
         said: the orders and the requests that came, in short. pushes: its engine knows orders.
+        holds: requests get no token from now on, but those that have one.
     """
 
     def __init__(self, name: str) -> None:
@@ -48,6 +49,7 @@ class PlayedReplica:
         self._lanes: dict[str, tuple[Lane, EngineCoreRequest, int]] = {}
         self.gone: set[str] = set()
         self.pushes = True
+        self.holds = False
 
     async def generate(self, frames: Frames, address: InboxAddress, ticket: int) -> None:
         with self.channels.lane(address, ticket) as lane:
@@ -74,6 +76,8 @@ class PlayedReplica:
         self.said.append("moved here" if moved else "request")
         self._fail("start")
         assert asked.sampling_params is not None and asked.prompt_token_ids is not None
+        if self.holds:
+            await lane.ended
         token, last = asked.prompt_token_ids[-1], asked.prompt_token_ids[-1] + (asked.sampling_params.max_tokens or 0)
         while token < last and not self.lost.is_set():
             token += 1

@@ -170,6 +170,30 @@ def test_routers_get_what_the_engines_measured(view: ClusterView) -> None:
     assert b.step_time is None
 
 
+def test_moves_are_planned_shown_and_explained_once() -> None:
+    """A full replica beside an empty one: the order is in the view until the next plan, and why is told once; none
+    where moving is switched off."""
+    full = engine("full", used_bytes=9 * 50, demand_bytes=9 * 50, kv_usage=1.0, running=9, waiting=0)
+    empty = engine("empty", used_bytes=0, demand_bytes=0, kv_usage=0.0, running=0, waiting=0)
+    for migration in (True, False):
+        view = ClusterView(replace(BOUNDS, migration=migration), epoch_ms=1000)
+        revision = view.pressure_view(0.0).revision
+        view.receive(report(1, full, empty), now_s=0.3)
+        shown = view.pressure_view(0.3)
+        view.receive(report(2, full, empty), now_s=1.0)
+        again = view.pressure_view(1.0)
+        told = [one for one in view.decisions.last(10, "full", 1.0) if one["kind"] == "move"]
+        if not migration:
+            assert shown.moves == () and told == []
+            continue
+        assert [(one.source, one.destination) for one in shown.moves] == [("full", "empty")]
+        assert shown.revision > revision and shown.moves[0].number > 1000
+        assert again.moves[0].number > shown.moves[0].number
+        assert len(told) == 1 and "a request to empty" in told[0]["action"] and "KV tokens" in told[0]["reason"]
+        view.receive(report(9, engine("full", waiting=0), empty), now_s=3.0)
+        assert view.pressure_view(3.0).moves == ()
+
+
 def test_every_reported_engine_has_a_target(view: ClusterView) -> None:
     """The target carries the settings' bounds; an engine that was never reported, or left, has none."""
     assert view.targets.target_for("a") is None
