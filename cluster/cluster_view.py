@@ -283,11 +283,11 @@ def _decision_of(move: PlannedMove) -> Decision:
 
 
 def _share_blocks(report: DeviceReport, engine: EngineReport) -> int:
-    """KV blocks that fit into the engine's guarantee, or its equal part of the budget, if that is more; 0 where it is
-    alone with the budget, or nothing fits its lease."""
+    """KV blocks that fit into the engine's guarantee, or its equal part of the budget, if that is more and not beyond
+    its ceiling; 0 where it is alone with the budget, or nothing fits its lease."""
     if len(report.engines) < 2 or not engine.reachable_blocks:
         return 0
-    share_bytes = max(engine.guarantee_bytes, report.budget_bytes // len(report.engines))
+    share_bytes = min(max(engine.guarantee_bytes, report.budget_bytes // len(report.engines)), engine.ceiling_bytes)
     return min(share_bytes * engine.reachable_blocks // max(engine.limit_bytes, 1), engine.blocks_ceiling)
 
 
