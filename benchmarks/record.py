@@ -10,6 +10,12 @@ from typing import Any
 FOLDER = Path(__file__).parent / "results"
 
 
+def known(name: str) -> dict[str, Any]:
+    """Details of an earlier run; empty before the first."""
+    path = FOLDER / f"{name}.json"
+    return dict(json.loads(path.read_text())["details"]) if path.exists() else {}
+
+
 def finish(name: str, headline: dict[str, float], details: dict[str, Any]) -> None:
     """Write ``results/<name>.json`` and print ``headline`` as one JSON line, the last one of the run."""
     record = {

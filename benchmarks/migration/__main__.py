@@ -6,9 +6,13 @@ one core each; prompts are random, so that nothing of them is in a prefix cache.
     downtime_context_slope   that gap, in steps, at the longest context over that at 1K tokens, less 1
     slowdown_ratio           gap between tokens of two other streams while 4K tokens of context move, over that just
                              before, the same streams running: median over rounds, of the side that is slower
+    ttft_p99_ratio           TTFT p99 of an uneven load on replicas with little memory, without the controller's move
+                             orders over that with them (``benchmarks.migration.uneven``)
 
 Beside each downtime, in the same run: all KV loaded after the stop (``staged``: copied ahead to the source's staging
 memory, and loaded by the destination when the request comes), and none moved (``recompute``).
+
+A part that did not run keeps the figures that results/migration.json has.
 """
 
 import argparse
@@ -18,13 +22,17 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks import overhead
 from benchmarks.migration import simulated
 from benchmarks.migration.two_replicas import Handle, Streams, two_replicas
-from benchmarks.record import finish
+from benchmarks.migration.uneven import measure as measure_uneven
+from benchmarks.record import finish, known
 from cluster.core_client import ClusterCore
 from cluster.migration import Rounds
 from replicas.spec import EngineSpec
@@ -35,6 +43,8 @@ ROUNDS = {256: 5, 1024: 5, 4096: 3, 7500: 3}
 STAGED_MOST, RECOMPUTED_MOST = 2048, 4096
 """Longest context that is moved so: beyond, the staging memory does not hold it, and a prompt takes minutes."""
 SLOWDOWN_CONTEXT, SLOWDOWN_ROUNDS = 4096, 4
+UNEVEN_REQUESTS, UNEVEN_RATE, UNEVEN_TURNS = 100, 1.4, 2
+PARTS = ("downtime", "slowdown", "uneven")
 BEFORE, AFTER = 24, 8
 """Tokens of a stream before it moves and after."""
 CEILING_BLOCKS, REST_BLOCKS, GUARANTEE_BLOCKS = 100, 2, 66
@@ -180,34 +190,60 @@ def steps_of(found: dict[int, dict[str, Gaps]], context: int) -> float:
     return statistics.median(found[context]["live"].steps) + 1
 
 
-async def run(contexts: list[int], slowdown_rounds: int) -> None:
+@asynccontextmanager
+async def bench() -> AsyncIterator[Bench]:
     with tempfile.TemporaryDirectory(prefix="ellm-migration-") as folder:
         async with two_replicas(spec(), Path(folder)) as (core, handle):
-            bench = Bench(core, handle)
-            await bench._move_one(256, "live")  # the first of everything is slower
-            found = {context: await bench.downtimes(context, ROUNDS.get(context, 3)) for context in contexts}
-            ratios = await bench.slowdown(min(SLOWDOWN_CONTEXT, max(contexts)), slowdown_rounds)
+            one = Bench(core, handle)
+            await one._move_one(256, "live")  # the first of everything is slower
+            yield one
+
+
+async def measure_downtime(contexts: list[int]) -> tuple[dict[str, float], dict[str, Any]]:
+    async with bench() as one:
+        found = {context: await one.downtimes(context, ROUNDS.get(context, 3)) for context in contexts}
     everything = [steps for ways in found.values() for steps in ways["live"].steps]
     first = SLOPE_FROM if SLOPE_FROM in found else contexts[0]
     headline = {
         "downtime_steps_median": round(statistics.median(everything), 3),
         "downtime_context_slope": round(steps_of(found, contexts[-1]) / steps_of(found, first) - 1, 3),
-        "slowdown_ratio": round(max(statistics.median(side) for side in ratios.values()), 3),
     }
-    details = {str(context): {way: gaps.to_json() for way, gaps in ways.items()} for context, ways in found.items()}
-    finish("migration", headline, {"downtime": details, "slowdown": ratios})
+    return headline, {
+        str(context): {way: gaps.to_json() for way, gaps in ways.items()} for context, ways in found.items()
+    }
+
+
+async def measure_slowdown(context: int, rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
+    async with bench() as one:
+        ratios = await one.slowdown(context, rounds)
+    return {"slowdown_ratio": round(max(statistics.median(side) for side in ratios.values()), 3)}, {
+        f"gaps at {side}": values for side, values in ratios.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.migration", description=__doc__)
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS), help="tokens; ascending")
     parser.add_argument("--slowdown-rounds", type=int, default=SLOWDOWN_ROUNDS)
+    parser.add_argument("--uneven-turns", type=int, default=UNEVEN_TURNS)
+    parser.add_argument("--part", choices=PARTS, action="append", help="this one alone; repeat it")
     parser.add_argument("--simulate", action="store_true", help="instead: what moving is worth on simulated clusters")
     options = parser.parse_args()
     if options.simulate:
         simulated.run()
         return
-    asyncio.run(run(sorted(options.contexts), options.slowdown_rounds))
+    contexts = sorted(options.contexts)
+    work = {
+        "downtime": lambda: measure_downtime(contexts),
+        "slowdown": lambda: measure_slowdown(min(SLOWDOWN_CONTEXT, contexts[-1]), options.slowdown_rounds),
+        "uneven": lambda: measure_uneven(UNEVEN_REQUESTS, UNEVEN_RATE, options.uneven_turns),
+    }
+    details = known("migration")
+    for part in options.part or PARTS:
+        print(part)
+        figures, found = asyncio.run(work[part]())
+        details[part] = {"figures": figures, **found}
+        finish("migration", {key: value for one in details.values() for key, value in one["figures"].items()}, details)
 
 
 if __name__ == "__main__":
