@@ -37,6 +37,7 @@ from cluster.core_client import ClusterCore
 from cluster.decisions_api import decision_routes
 from cluster.drain_api import drain_routes
 from cluster.drains import drains
+from cluster.ingress_peers import IngressPeers
 from cluster.live_feed import LiveFeed
 from cluster.migration_api import migration_routes
 from cluster.model_table import ModelTable, ServedModel
@@ -60,11 +61,13 @@ def build_api(
     metrics: MetricsEndpoint,
     reports: Callable[[], Awaitable[list[SloReport]]],
     follow: Callable[[], Awaitable[None]],
+    peers: IngressPeers,
 ) -> Starlette:
     """The application for the models of ``table``. Shutting it down ends them.
 
     Args:
         reports: how requests have fared, by ingress process; follow: keeps the models up to date while it runs.
+        peers: the other ingress processes.
     """
 
     async def health(request: Request) -> Response:
@@ -122,7 +125,7 @@ def build_api(
         *page_routes(),
         *decision_routes(),
         *model_routes(),
-        *migration_routes(cores),
+        *migration_routes(cores, peers),
         *drain_routes(cores),
         *(_refusal(route.path, route.note) for route in API_ROUTES if route.state is RouteState.NOT_YET),
         Route("/v1/models", all_models),

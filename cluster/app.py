@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cluster.api_key import ApiKey
     from cluster.config import ClusterConfig, ModelConfig
     from cluster.metrics_text import TextFamilies
+    from cluster.migration_api import MoveAnswer
     from cluster.model_plan import IngressState
     from cluster.model_set import ModelEntry
     from cluster.slo_ledger import SloReport
@@ -207,6 +208,13 @@ class ApiIngress:
     async def metrics(self) -> "TextFamilies":
         """Asked by the ingress process that Prometheus asks."""
         return await self._ingress.metrics.read()
+
+    async def migrate(self, request_id: str, to: str) -> "MoveAnswer | None":
+        """Asked by the ingress process that was told to move a request that it has not."""
+        from cluster.migration_api import move_here
+
+        cores = [model.engine.engine_core for model in self._ingress.table.routed]
+        return await move_here(cores, request_id, to)
 
     async def check_health(self) -> None:
         """Called by Ray Serve: raises where the server has ended, which replaces this process."""

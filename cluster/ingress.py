@@ -91,7 +91,7 @@ async def build_ingress(
         pressure.start()
         await asyncio.gather(follower.run(), *([keys.follow()] if keys is not None else []))
 
-    api = build_api(table, layer, MetricsEndpoint(metrics, peers), reports.read, follow)
+    api = build_api(table, layer, MetricsEndpoint(metrics, peers), reports.read, follow, peers)
     guard(api, settings.http.limits, keys)
     return Ingress(table, ledger, metrics, api)
 

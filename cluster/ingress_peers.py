@@ -20,15 +20,15 @@ class IngressPeers:
         self.count = count
         self._handle: DeploymentHandle[Any] | None = None
 
-    async def ask(self, method: str) -> list[Any]:
-        """What each process answers, this one included; empty where they do not answer soon, or are no others."""
+    async def ask(self, method: str, *args: Any, timeout_s: float = _ANSWER_TIMEOUT_S) -> list[Any]:
+        """What each process answers, this one included; empty where they do not answer in time, or are no others."""
         if self.count == 1:
             return []
         try:
             if self._handle is None:
                 self._handle = await asyncio.to_thread(serve.get_deployment_handle, API_DEPLOYMENT, APP_NAME)
-            answers = await self._handle.broadcast(method).results_async(
-                timeout_s=_ANSWER_TIMEOUT_S, return_exceptions=True
+            answers = await self._handle.broadcast(method, *args).results_async(
+                timeout_s=timeout_s, return_exceptions=True
             )
         except (RayError, RayServeException, TimeoutError):
             return []

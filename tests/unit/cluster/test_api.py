@@ -110,6 +110,7 @@ async def client(*names: str) -> AsyncIterator[tuple[httpx.AsyncClient, ModelTab
         MetricsEndpoint(IngressMetrics(table, ledger), IngressPeers(1), no_controller),
         reports.read,
         follow,
+        IngressPeers(1),
     )
     async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://api") as http:
         yield http, table

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 import cluster.models_client
 from cluster.cli import app
+from cluster.ingress_peers import IngressPeers
 from cluster.migration import MigrationError
-from cluster.migration_api import migration_routes
+from cluster.migration_api import MoveAnswer, migration_routes
 from cluster.move import Migrated
 
 
@@ -34,8 +35,21 @@ class PlayedCore:
         return Migrated(request_id, "a", to, 7, 2, 0.25)
 
 
+class Others(IngressPeers):
+    """One more process, which runs request "e"; this one answers too, that it has it not."""
+
+    async def ask(self, method: str, *args: Any, timeout_s: float = 0.0) -> list[Any]:
+        assert method == "migrate" and timeout_s > 30
+        request_id, to = args
+        if request_id == "gone":
+            return []  # nobody answers in time
+        if to == "c":
+            return [None, MoveAnswer(None, "m has no replica c", HTTPStatus.NOT_FOUND)]
+        return [None, MoveAnswer(Migrated("e", "a", to, 1, 1, None)) if request_id == "e" else None]
+
+
 def api() -> Starlette:
-    return Starlette(routes=migration_routes(lambda: [PlayedCore()]))  # type: ignore[list-item]
+    return Starlette(routes=migration_routes(lambda: [PlayedCore()], Others(2)))  # type: ignore[list-item]
 
 
 async def ask(**request: Any) -> tuple[int, dict[str, Any]]:
@@ -49,10 +63,17 @@ async def test_a_request_is_moved() -> None:
     assert await ask(json={"request_id": "r", "to": "b"}) == (200, moved)
 
 
+async def test_a_request_of_another_process_is_moved_by_that() -> None:
+    status, moved = await ask(json={"request_id": "e", "to": "b"})
+    assert (status, moved["request_id"], moved["destination"]) == (200, "e", "b")
+
+
 @pytest.mark.parametrize(
     ("request_id", "to", "status", "why"),
     [
-        ("x", "b", 404, "no request x runs at this ingress process"),
+        ("x", "b", 404, "no request x runs here"),
+        ("gone", "b", 404, "no request gone runs here"),
+        ("e", "c", 404, "m has no replica c"),
         ("r", "c", 404, "it has a, b"),
         ("r", "a", 409, "is at a already"),
     ],

@@ -105,6 +105,7 @@ class VllmServer:
             MetricsEndpoint(IngressMetrics(self._table, ledger), IngressPeers(1), no_controller),
             reports.read,
             _follow,
+            IngressPeers(1),
         )
         guard(api, limits or HttpLimits(), keys)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://api") as http:
