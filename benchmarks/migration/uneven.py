@@ -34,6 +34,7 @@ def spec() -> EngineSpec:
     bytes_ = KV_BLOCKS * overhead.BLOCK_BYTES
     return replace(
         overhead.spec(elastic=True),
+        max_model_len=1024,
         kv_ceiling_bytes=bytes_,
         kv_rest_bytes=2 * overhead.BLOCK_BYTES,
         kv_guarantee_bytes=bytes_,
