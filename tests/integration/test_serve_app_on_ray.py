@@ -27,7 +27,7 @@ from cluster.readiness import NoAnswer, answer_once, read_status
 from cluster.serve_app import cluster_id_of
 from cluster.start_stages import PROCESS_ENVIRONMENT
 from memory_agent.processes import SHM
-from tests.integration.conftest import _free_port
+from tests.integration.watching import free_port
 
 START_S, AGAIN_S = 600.0, 240.0
 ROOT = Path(__file__).parents[2]
@@ -100,7 +100,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedByRay]:
     file = tmp_path_factory.mktemp("ray-llm") / "llm.yaml"
     file.write_text(LLM_CONFIG.format(source=get_default_model(lambda line: None)))
     tree = read_ray_llm(file).tree
-    tree["http"] = {"port": _free_port()}
+    tree["http"] = {"port": free_port()}
     one = ServedByRay(validated(tree, str(file)))
     try:
         yield one
