@@ -34,7 +34,7 @@ from typing import Any
 from uuid import uuid4
 
 import msgspec
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import ActorDiedError, RayActorError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from vllm.exceptions import VLLMValidationError
@@ -325,7 +325,8 @@ class ClusterCore:
             error = caught
         finally:
             self._by_ticket.pop(relay.ticket, None)  # what is still on its way from this replica is nobody's any more
-            if error is not None and not relay.has_answered and not relay.recalled:
+            unreachable = isinstance(error, RayActorError)  # also in the middle of an answer
+            if error is not None and not relay.recalled and (unreachable or not relay.has_answered):
                 relay.route.failed()
             relay.route.ended(len(relay.token_ids) - relay.base)
         if relay.finished:

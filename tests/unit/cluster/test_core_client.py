@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import Any
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from vllm.exceptions import VLLMValidationError
@@ -247,6 +247,19 @@ async def test_an_abort_is_no_fault_of_the_replica(make_core: MakeCore) -> None:
     await until(lambda: handle.calls[0].cancelled)
     assert [event for event, _, _ in handle.news] == [RouteEvent.FIRST_TOKEN, RouteEvent.ENDED]
     assert handle.calls[0].route.output_tokens == 1
+
+
+async def test_a_replica_that_is_lost_in_the_middle_of_an_answer_has_failed(make_core: MakeCore) -> None:
+    """The router hears of it before it chooses again: while Ray Serve holds the replica to be there still, what goes on
+    would be sent to it once more. An answer that ends early for another reason says nothing of the replica."""
+    lost = ActorUnavailableError("connection reset", None)
+    handle = FakeHandle([[4, lost], [5, "end"], [6, "finish"]])
+    core = await make_core(handle)
+    await core.add_request_async(request())
+    assert tokens(await outputs_until(core, ended())) == [4, 5, 6]
+    first, second = ([event for event, route, _ in handle.news if route is call.route] for call in handle.calls[:2])
+    assert first == [RouteEvent.FIRST_TOKEN, RouteEvent.FAILED, RouteEvent.ENDED]
+    assert second == [RouteEvent.FIRST_TOKEN, RouteEvent.ENDED]
 
 
 async def test_the_router_hears_what_a_request_is(make_core: MakeCore) -> None:
