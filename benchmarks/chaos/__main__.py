@@ -173,9 +173,9 @@ def soak(options: argparse.Namespace) -> Found:
         nodes.start()
         one = Soak(nodes, options.replicas, options)
         asyncio.run(one.run())
+        one.found.left = nodes.stop()
         if one.found.failed:
             print(f"logs: {keep_logs(nodes.folder)}")
-        one.found.left = nodes.stop()
         return one.found
     except BaseException:
         print(f"logs: {keep_logs(nodes.folder)}")
