@@ -55,7 +55,7 @@ from cluster.mover import Mover
 from cluster.output_inbox import OutputInbox
 from cluster.prediction import PredictionError
 from cluster.prompt_prefix import prefix_ids, prompt_length
-from cluster.relay import Relay
+from cluster.relay import ATTEMPTS_MOST, Relay
 from cluster.request_slo import CURRENT, Part
 from cluster.route import Route
 from cluster.routing_policy import RouteRequest
@@ -72,6 +72,8 @@ POLL_PERIOD_S = 1.0
 POLL_TIMEOUT_S = 3.0
 STALE_AFTER_S = 15.0
 WATCH_PERIOD_S = 0.5
+AGAIN_S = 0.5
+"""From an attempt that no replica has taken to the next one."""
 
 
 @dataclass
@@ -271,6 +273,9 @@ class ClusterCore:
             while (error := await self._try_once(relay, slo)) is not None:
                 if relay.moved is not None or relay.recalled:
                     continue
+                if isinstance(error, RayActorError) and not relay.was_taken and relay.attempts < ATTEMPTS_MOST:
+                    await self._wait_for_another(relay, error)
+                    continue
                 tokens = len(relay.token_ids)
                 if isinstance(error, ActorDiedError) and not relay.has_answered:
                     relay.deaths += 1
@@ -290,6 +295,15 @@ class ClusterCore:
             self.door.ended(relay.part)
             relay.landed.set()
             self._relays.pop(request_id, None)
+
+    async def _wait_for_another(self, relay: Relay, error: RayActorError) -> None:
+        """A dead replica, which Ray Serve takes to be there still, has not taken the request: as long as there is no
+        other it waits, as it would for the first. Of deaths only so many may be, though: what kills a replica before it
+        is taken must not go on for ever."""
+        if not isinstance(error, ActorDiedError):
+            relay.attempts -= 1
+        logger.debug("request %s has not reached a replica: %s", relay.request_id, error)
+        await asyncio.sleep(AGAIN_S)
 
     def _fail(self, relay: Relay) -> None:
         relay.part.failed = True
