@@ -4,7 +4,7 @@ killed every 20 s. Every answer has to be the one of an undisturbed run.
     requests_lost          streams that ended with an error, or short
     wrong_tokens           answers with a token that is not that of the undisturbed run
     kills_by_kind          engine, replica, raylet (its whole node; another one joins), agent, controller
-    inflight_at_kill       streams that had a token and were not at their end, at each kill
+    inflight_at_kill       streams that had had a token since the kill before, at each kill
     recovered              kills after which what was killed was there again
     migrations_completed   requests that moved between replicas, because a replica was drained in its turn
 

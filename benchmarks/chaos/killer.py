@@ -37,6 +37,7 @@ class Killer:
         self._nodes, self._view, self._clients, self._replicas = nodes, view, clients, replicas
         self._began_s, self._said = began_s, said
         self._draining: str | None = None
+        self._killed_s = began_s
         self.kills: list[Kill] = []
         self.skipped: list[Kind] = []
 
@@ -52,11 +53,16 @@ class Killer:
                 self._said(f"no victim for {kind} within {_PATIENCE_S:.0f} s")
         await self._end_drain()
 
+    @property
+    def _in_flight(self) -> int:
+        """Streams that have had a token since the last kill, so that each of them has survived that one."""
+        return self._clients.in_flight(self._killed_s)
+
     async def _turn(self, kind: Kind) -> bool:
         deadline_s = time.monotonic() + _PATIENCE_S
         while time.monotonic() < deadline_s:
             now = self._view.now
-            if now is not None and self._clients.in_flight >= STREAMS_LEAST and await self._kill(kind, now):
+            if now is not None and self._in_flight >= STREAMS_LEAST and await self._kill(kind, now):
                 return True
             await asyncio.sleep(_LOOK_S)
         return False
@@ -99,13 +105,14 @@ class Killer:
         self, kind: Kind, before: Snapshot, gone: str, victim: str, hit: int | None, pids: "list[int] | None" = None
     ) -> bool:
         """Kill ``pids``, and note it. False where one of them is dead already."""
-        kill = Kill(kind, time.monotonic() - self._began_s, victim, hit, self._clients.in_flight)
+        kill = Kill(kind, time.monotonic() - self._began_s, victim, hit, self._in_flight)
         for pid in pids or []:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 return False
         self.kills.append(kill)
+        self._killed_s = time.monotonic()
         had = f", which had {hit} requests" if hit is not None else ""
         self._said(f"{kind} {victim}{had}; {kill.in_flight} streams in flight")
         self._view.expect(kill, back_after(kind, before, gone, self._replicas))

@@ -34,7 +34,7 @@ class Kill:
 
     Attributes:
         at_s: since the run began. victim: in words. hit: requests that the victim had; None where it can have none.
-        in_flight: streams that had a token and were not at their end.
+        in_flight: streams that had had a token since the kill before, and were not at their end.
         recovered_s: until what was killed was there again; None where it has not come back yet.
     """
 

@@ -147,6 +147,7 @@ class Nodes:
             "TMPDIR": str(self._temp),
             "VLLM_RPC_BASE_PATH": str(folder),
             "PYTHONPATH": str(_ROOT),
+            "RAY_worker_niceness": "0",  # else a busy machine gives the replicas nothing
         }
         self._environment.pop("RAY_ADDRESS", None)
 

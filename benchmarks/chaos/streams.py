@@ -46,19 +46,19 @@ class Stream:
     """One answer on its way; told apart by identity, because several may have the same prompt.
 
     Attributes:
-        longest_pause_s: between two tokens, after the first.
+        longest_pause_s: between two tokens, after the first. last_s: when the last one came, on the monotonic clock.
     """
 
     prompt: Prompt
     ids: list[int] = field(default_factory=list)
     longest_pause_s: float = 0.0
-    _last_s: float = float("nan")
+    last_s: float = float("-inf")
 
     def take(self, ids: Sequence[int], now_s: float) -> None:
         if self.ids:
-            self.longest_pause_s = max(self.longest_pause_s, now_s - self._last_s)
+            self.longest_pause_s = max(self.longest_pause_s, now_s - self.last_s)
         self.ids.extend(ids)
-        self._last_s = now_s
+        self.last_s = now_s
 
 
 class Clients:
@@ -80,10 +80,9 @@ class Clients:
         self.refused = self.cut = 0
         self.may_cut = False
 
-    @property
-    def in_flight(self) -> int:
-        """Streams that have a token and are not at their end."""
-        return sum(bool(one.ids) for one in self.streams)
+    def in_flight(self, since_s: float) -> int:
+        """Streams that have had a token since then, on the monotonic clock, and are not at their end."""
+        return sum(one.last_s > since_s for one in self.streams)
 
     async def run(self, prompts: AsyncIterator[Prompt], clients: int) -> None:
         """Until there are no more prompts; all streams have ended then."""

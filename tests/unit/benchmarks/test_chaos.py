@@ -59,7 +59,7 @@ def test_the_longest_pause_of_a_stream() -> None:
     stream = Stream(made_prompts(1, 1)[0])
     for at_s in (10.0, 10.5, 13.0, 13.1):
         stream.take([1], at_s)
-    assert stream.longest_pause_s == 2.5 and stream.ids == [1, 1, 1, 1]
+    assert stream.longest_pause_s == 2.5 and stream.last_s == 13.1 and stream.ids == [1, 1, 1, 1]
 
 
 def test_when_what_was_killed_is_back() -> None:
