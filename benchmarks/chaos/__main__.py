@@ -194,7 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ingress", action="store_true", help="kill the ingress in its turn, too")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that everything is ended
-    found = soak(options)
+    try:
+        found = soak(options)
+    except NodesError as error:
+        sys.exit(f"error: {error}")
     for line in (*found.unsettled, *(f"left: {one}" for one in found.left)):
         print(line)
     finish("chaos", headline(found), details(found))
