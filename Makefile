@@ -16,7 +16,7 @@ ifeq ($(EXTRA),cpu)
 TORCH_FROM := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)",UV_TORCH_BACKEND=cpu)
 endif
 
-.PHONY: serve setup test test-apart test-on-ray test-full lint audit docs pages format bench-overhead bench-elastic bench-simulator bench-slo bench-serving-path bench-migration gpu-check helm clean fuzz
+.PHONY: serve setup test test-apart test-on-ray test-full lint audit docs pages format bench-overhead bench-elastic bench-simulator bench-slo bench-serving-path bench-migration gpu-check helm clean fuzz chaos
 .DEFAULT_GOAL := serve
 
 # grafana-client brings urllib3-future, whose wheel overwrites urllib3; built like this it lies beside it.
@@ -101,6 +101,9 @@ bench-serving-path: setup ## Tokens/s and added latency of everything but the en
 
 bench-migration: setup ## What a live migration costs who moves and who stays; the last line is JSON
 	$(BIN)/python -m benchmarks.migration $(ARGS)
+
+chaos: setup ## A fault soak on a Ray cluster of four nodes; ARGS="--seconds 600" for longer; the last line is JSON; needs root
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 fuzz: setup ## 100,000 requests, right, wrong and broken, to the whole API before played replicas; ARGS="--fuzz-requests N" for others
 	VLLM_LOGGING_LEVEL=CRITICAL $(BIN)/python -m pytest -q -s -m slow tests/unit/cluster/test_api_fuzz.py --fuzz-requests 100000 $(ARGS)

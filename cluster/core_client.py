@@ -35,7 +35,7 @@ from typing import Any
 from uuid import uuid4
 
 import msgspec
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import ActorDiedError, RayActorError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from vllm.exceptions import VLLMValidationError
@@ -57,7 +57,7 @@ from cluster.mover import Mover
 from cluster.output_inbox import OutputInbox
 from cluster.prediction import PredictionError
 from cluster.prompt_prefix import prefix_ids, prompt_length
-from cluster.relay import Relay
+from cluster.relay import ATTEMPTS_MOST, Relay
 from cluster.relief import Relief
 from cluster.request_slo import CURRENT, Part
 from cluster.route import Route
@@ -75,6 +75,8 @@ POLL_PERIOD_S = 1.0
 POLL_TIMEOUT_S = 3.0
 STALE_AFTER_S = 15.0
 WATCH_PERIOD_S = 0.5
+AGAIN_S = 0.5
+"""From an attempt that no replica has taken to the next one."""
 
 
 @dataclass
@@ -278,6 +280,9 @@ class ClusterCore:
             while (error := await self._try_once(relay, slo)) is not None:
                 if relay.moved is not None or relay.recalled:
                     continue
+                if isinstance(error, RayActorError) and not relay.was_taken and relay.attempts < ATTEMPTS_MOST:
+                    await self._wait_for_another(relay, error)
+                    continue
                 tokens = len(relay.token_ids)
                 if isinstance(error, ActorDiedError) and not relay.has_answered:
                     relay.deaths += 1
@@ -297,6 +302,15 @@ class ClusterCore:
             self.door.ended(relay.part)
             relay.landed.set()
             self._relays.pop(request_id, None)
+
+    async def _wait_for_another(self, relay: Relay, error: RayActorError) -> None:
+        """A dead replica, which Ray Serve takes to be there still, has not taken the request: as long as there is no
+        other it waits, as it would for the first. Of deaths only so many may be, though: what kills a replica before it
+        is taken must not go on for ever."""
+        if not isinstance(error, ActorDiedError):
+            relay.attempts -= 1
+        logger.debug("request %s has not reached a replica: %s", relay.request_id, error)
+        await asyncio.sleep(AGAIN_S)
 
     def _fail(self, relay: Relay) -> None:
         relay.part.failed = True
@@ -334,7 +348,8 @@ class ClusterCore:
             error = caught
         finally:
             self._by_ticket.pop(relay.ticket, None)  # what is still on its way from this replica is nobody's any more
-            if error is not None and not relay.has_answered and not relay.recalled:
+            unreachable = isinstance(error, RayActorError)  # also in the middle of an answer
+            if error is not None and not relay.recalled and (unreachable or not relay.has_answered):
                 relay.route.failed()
             relay.route.ended(len(relay.token_ids) - relay.base)
         if relay.finished:

@@ -81,6 +81,11 @@ class Relay:
         return len(self.token_ids) > self.base
 
     @property
+    def was_taken(self) -> bool:
+        """A replica has taken the present attempt."""
+        return self.route is not None and not math.isnan(self.route.accepted_s)
+
+    @property
     def is_last_attempt(self) -> bool:
         """No other may follow the present one, unless it brings a token."""
         return not self.retries_left or self.attempts == ATTEMPTS_MOST

@@ -82,7 +82,7 @@ class Route:
         self._tell(RouteEvent.FIRST_TOKEN)
 
     def failed(self) -> None:
-        """The replica refused it, or did not answer in time."""
+        """The replica refused it, did not answer in time, or cannot be reached any more."""
         self._tell(RouteEvent.FAILED)
 
     def ended(self, output_tokens: int) -> None:

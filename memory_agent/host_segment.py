@@ -56,7 +56,22 @@ _GENERATION, _KEY, _LENGTH, _CHECKSUM = 0, 1, 5, 6  # words of a slot's header
 
 def host_segment_path(board: Path, row: int, rank: int) -> Path:
     """The segment of worker ``rank`` of the engine in ``row`` lies beside its lease board, on the same node."""
-    return board.with_name(f"{board.stem}-host{row}-{rank}")
+    return rank_path(board.with_name(f"{board.stem}-host{row}"), rank)
+
+
+def staging_segment_base(board: Path, row: int) -> Path:
+    """Likewise of the staging memory for requests that leave the engine, without its rank."""
+    return board.with_name(f"{board.stem}-moving{row}")
+
+
+def segment_paths(board: Path, row: int, rank: int) -> list[Path]:
+    """All that worker ``rank`` of the engine in ``row`` may have, and leaves where it is killed."""
+    return [host_segment_path(board, row, rank), rank_path(staging_segment_base(board, row), rank)]
+
+
+def rank_path(base: Path, rank: int) -> Path:
+    """The segment of worker ``rank`` among those of ``base``."""
+    return base.with_name(f"{base.name}-{rank}")
 
 
 class SegmentError(MemoryError_):

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from memory_agent.errors import SettingsError
-from memory_agent.host_segment import host_segment_path
+from memory_agent.host_segment import segment_paths
 from memory_agent.lease_board import MAX_ROWS, MAX_WORKERS, AgentWord, EngineWord, LeaseBoard, Row, RowState
 from memory_agent.lease_planner import plan_leases
 from memory_agent.pressure import Pressure, usage_ratio
@@ -206,7 +206,8 @@ class LeaseKeeper:
             self._exits.remove((row.index, role))
         del self._tenants[row.index]
         for rank in range(MAX_WORKERS):  # of an engine that was killed
-            host_segment_path(self.board.path, row.index, rank).unlink(missing_ok=True)
+            for segment in segment_paths(self.board.path, row.index, rank):
+                segment.unlink(missing_ok=True)
         for segment in tenant.segments:
             segment.unlink(missing_ok=True)
         row.clear()

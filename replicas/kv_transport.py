@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from memory_agent.errors import MemoryError_
-from memory_agent.host_segment import HostSegment, Part, SegmentError
+from memory_agent.host_segment import HostSegment, Part, SegmentError, rank_path
 from memory_agent.kv_fingerprint import FINGERPRINT_BYTES
 
 
@@ -125,4 +125,4 @@ class SharedMemoryTransport:
         return segment
 
     def _path(self, base: Path) -> Path:
-        return base.with_name(f"{base.name}-{self._rank}")
+        return rank_path(base, self._rank)

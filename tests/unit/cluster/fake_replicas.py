@@ -2,6 +2,7 @@
 over a real channel."""
 
 import asyncio
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -108,7 +109,7 @@ def _logprobs(params: SamplingParams | None, tokens: list[int]) -> LogprobsLists
 @dataclass
 class FakeHandle:
     """Plays ``scripts`` one after the other; ``answers`` is what a broadcast returns, or a function that raises.
-    ``news``: what a router would hear."""
+    ``news``: what a router would hear. ``takes``: a call is taken by its replica."""
 
     scripts: list[Sequence[Step]] = field(default_factory=list)
     answers: Callable[[], list[Any]] = lambda: [stats("a")]
@@ -118,6 +119,7 @@ class FakeHandle:
     started: asyncio.Event = field(default_factory=asyncio.Event)
     """A replica answers what is asked of any."""
     asked: int = 0
+    takes: bool = True
 
     @property
     def info(self) -> "FakeHandle":
@@ -135,6 +137,8 @@ class FakeHandle:
 
     def remote(self, frames: Frames, address: InboxAddress, ticket: int, route: Route) -> FakeCall:
         route.news = self.news
+        if self.takes:
+            route.accepted_s = time.monotonic()
         self.calls.append(FakeCall(frames, self.channels.lane(address, ticket), self.scripts[len(self.calls)], route))
         return self.calls[-1]
 

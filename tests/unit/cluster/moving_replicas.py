@@ -1,6 +1,7 @@
 """Two replicas that are played, between which a request moves, over a core and real output channels."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -142,7 +143,7 @@ class Handle:
         replica = self.replicas[route.to] if route.to is not None else there[0]
         if route.to is None:
             replica = next((one for one in there if one.name not in route.shut), replica)
-        route.replica = Standing(replica.name)
+        route.replica, route.accepted_s = Standing(replica.name), time.monotonic()
         return asyncio.get_running_loop().create_task(replica.generate(frames, address, ticket))
 
     def broadcast(self, method: str, *args: Any) -> "Handle":

@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import Any
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from vllm.exceptions import VLLMValidationError
@@ -193,6 +193,33 @@ async def test_a_request_that_kills_its_replicas_is_refused(make_core: MakeCore)
     assert len(handle.calls) == 2
 
 
+async def test_a_dead_replica_that_is_thought_to_live_is_waited_out(
+    make_core: MakeCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only replica's node is lost, and it takes long until Ray knows: attempts that it does not take cost the
+    request neither retries nor suspicion. Once there is another one it is answered."""
+    monkeypatch.setattr(cluster.core_client, "AGAIN_S", 0.0)
+    away = ActorUnavailableError("connection reset", None)
+    handle = FakeHandle([*[[away]] * 20, [died()], [died()], [died()], [7, "finish"]], takes=False)
+    core = await make_core(handle)
+    await core.add_request_async(request())
+    outputs = await outputs_until(core, ended())
+    assert (tokens(outputs), outputs[-1].finish_reason) == ([7], FinishReason.LENGTH)
+    assert (len(handle.calls), core.retried, len(core._suspects)) == (24, 0, 0)
+
+
+async def test_deaths_before_a_request_is_taken_are_bounded(
+    make_core: MakeCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What kills replicas before they have taken it does not go on for ever."""
+    monkeypatch.setattr(cluster.core_client, "AGAIN_S", 0.0)
+    handle = FakeHandle([[died()]] * 20, takes=False)
+    core = await make_core(handle)
+    await core.add_request_async(request())
+    outputs = await outputs_until(core, ended())
+    assert (len(handle.calls), outputs[-1].finish_reason) == (ATTEMPTS_MOST, FinishReason.ERROR)
+
+
 async def test_retries_are_bounded(make_core: MakeCore) -> None:
     """Three replicas that fail a request, and live, end it with an error."""
     handle = FakeHandle([[task_error()]] * 9)
@@ -209,7 +236,7 @@ async def test_what_a_replica_does_not_take_is_made_elsewhere(
     """A replica hangs, so that its call neither ends nor can be taken: the attempt is given up, and counted against the
     replica; what it says later is nobody's."""
     monkeypatch.setattr(cluster.core_client, "WATCH_PERIOD_S", 0.01)
-    handle = FakeHandle([["wait"], [7, "finish"]])
+    handle = FakeHandle([["wait"], [7, "finish"]], takes=False)
     core = await make_core(handle)
     await core.add_request_async(request())
     await until(lambda: bool(handle.calls))
@@ -226,7 +253,7 @@ async def test_what_a_replica_does_not_take_is_made_elsewhere(
 async def test_the_last_attempt_is_waited_for(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no retry is left a slow answer is better than none."""
     monkeypatch.setattr(cluster.core_client, "WATCH_PERIOD_S", 0.01)
-    handle = FakeHandle([["wait"]] * 9)
+    handle = FakeHandle([["wait"]] * 9, takes=False)
     core = await make_core(handle)
     await core.add_request_async(request())
     for count in (1, 2, 3):
@@ -247,6 +274,19 @@ async def test_an_abort_is_no_fault_of_the_replica(make_core: MakeCore) -> None:
     await until(lambda: handle.calls[0].cancelled)
     assert [event for event, _, _ in handle.news] == [RouteEvent.FIRST_TOKEN, RouteEvent.ENDED]
     assert handle.calls[0].route.output_tokens == 1
+
+
+async def test_a_replica_that_is_lost_in_the_middle_of_an_answer_has_failed(make_core: MakeCore) -> None:
+    """The router hears of it before it chooses again: while Ray Serve holds the replica to be there still, what goes on
+    would be sent to it once more. An answer that ends early for another reason says nothing of the replica."""
+    lost = ActorUnavailableError("connection reset", None)
+    handle = FakeHandle([[4, lost], [5, "end"], [6, "finish"]])
+    core = await make_core(handle)
+    await core.add_request_async(request())
+    assert tokens(await outputs_until(core, ended())) == [4, 5, 6]
+    first, second = ([event for event, route, _ in handle.news if route is call.route] for call in handle.calls[:2])
+    assert first == [RouteEvent.FIRST_TOKEN, RouteEvent.FAILED, RouteEvent.ENDED]
+    assert second == [RouteEvent.FIRST_TOKEN, RouteEvent.ENDED]
 
 
 async def test_the_router_hears_what_a_request_is(make_core: MakeCore) -> None:

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from memory_agent.host_segment import host_segment_path
+from memory_agent.host_segment import segment_paths
 from memory_agent.lease_board import EngineWord, RowState
 from memory_agent.lease_keeper import LeaseKeeper
 from memory_agent.processes import SHM
@@ -12,22 +12,26 @@ from tests.unit.memory_agent.board_players import BUDGET, Clock, Processes, appe
 
 
 def test_dead_engine_gives_its_bytes_back(keeper: LeaseKeeper, clock: Clock, processes: Processes) -> None:
-    """The exit of a live engine clears its row, is counted, its bytes are lent to others, its host buffer goes."""
+    """The exit of a live engine clears its row, is counted, its bytes are lent to others, its segments go: those
+    of its host buffer, and those of requests that were to leave it."""
     engine = processes.start()
     dying, other = keeper.register(terms("a")), keeper.register(terms("b"))
     appear(dying, engine.pid)
     appear(other, os.getpid())
     clock.tick(3, dying, other)
     assert other.lease.limit_bytes == BUDGET // 2
-    left, alive = (host_segment_path(keeper.board.path, row.index, 0) for row in (dying, other))
-    left.touch()
-    alive.touch()
+    left, alive = (
+        [file for rank in (0, 1) for file in segment_paths(keeper.board.path, row.index, rank)]
+        for row in (dying, other)
+    )
+    for file in (*left, *alive):
+        file.touch()
     processes.end(engine)
     clock.until(lambda: dying.state is RowState.FREE)
     clock.tick(2, other)
     assert other.lease.limit_bytes == BUDGET
     assert keeper.board.dead_engines == 1
-    assert (left.exists(), alive.exists()) == (False, True)
+    assert not any(file.exists() for file in left) and all(file.exists() for file in alive)
     assert [tenant.engine_id for tenant in keeper.tenants] == ["b"]
 
 
