@@ -16,6 +16,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import LogprobsLists
 
 from cluster.route import News, Route
+from replicas.answer_journal import AnswerJournal, Mark
 from replicas.channel_wire import InboxAddress
 from replicas.hop import Frames, HopCodec
 from replicas.output_channel import Channels, Lane
@@ -62,6 +63,8 @@ class FakeCall:
     lane: AbstractContextManager[Lane]
     script: Sequence[Step]
     route: Route
+    journal: AnswerJournal
+    mark: Mark | None
     cancelled: bool = False
     codec: HopCodec = field(default_factory=HopCodec)
 
@@ -74,14 +77,14 @@ class FakeCall:
     async def _play(self) -> None:
         asked = self.codec.decode_request(self.frames)
         request_id = asked.request_id
-        with self.lane as lane:
+        with self.lane as lane, self.journal.recorded(self.mark, lane) as outlet:
             for step in self.script:
                 await asyncio.sleep(0)
                 if isinstance(step, int) or step == "finish":
                     reason = FinishReason.LENGTH if step == "finish" else None
                     tokens = [step] if isinstance(step, int) else []
                     logprobs = _logprobs(asked.sampling_params, tokens)
-                    lane.put(EngineCoreOutput(request_id, tokens, logprobs, finish_reason=reason))
+                    outlet.put(EngineCoreOutput(request_id, tokens, logprobs, finish_reason=reason))
                     continue
                 async with asyncio.timeout(10):
                     while not lane.idle:  # noqa: ASYNC110  # plain state of the product, without an event
@@ -107,13 +110,14 @@ def _logprobs(params: SamplingParams | None, tokens: list[int]) -> LogprobsLists
 
 @dataclass
 class FakeHandle:
-    """Plays ``scripts`` one after the other; ``answers`` is what a broadcast returns, or a function that raises.
-    ``news``: what a router would hear."""
+    """Plays ``scripts`` one after the other; ``answers`` is what each replica's stats are, or a function that raises.
+    ``news``: what a router would hear. ``journals``: of the replicas; calls are written into the first one."""
 
     scripts: list[Sequence[Step]] = field(default_factory=list)
     answers: Callable[[], list[Any]] = lambda: [stats("a")]
     calls: list[FakeCall] = field(default_factory=list)
     channels: Channels = field(default_factory=lambda: Channels("replica-a", no_errand))
+    journals: list[AnswerJournal] = field(default_factory=lambda: [AnswerJournal("replica-a")])
     news: News = field(default_factory=News)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     """A replica answers what is asked of any."""
@@ -133,16 +137,27 @@ class FakeHandle:
         assert method_name == "generate"
         return self
 
-    def remote(self, frames: Frames, address: InboxAddress, ticket: int, route: Route) -> FakeCall:
+    def remote(self, frames: Frames, address: InboxAddress, ticket: int, route: Route, mark: Mark | None) -> FakeCall:
         route.news = self.news
-        self.calls.append(FakeCall(frames, self.channels.lane(address, ticket), self.scripts[len(self.calls)], route))
+        lane, script = self.channels.lane(address, ticket), self.scripts[len(self.calls)]
+        self.calls.append(FakeCall(frames, lane, script, route, self.journals[0], mark))
         return self.calls[-1]
 
-    def broadcast(self, method: str, ingress: str, queued: int) -> "FakeHandle":
+    def broadcast(self, method: str, *args: Any) -> "Answers":
+        if method == "find_answer":
+            return Answers(lambda: [journal.find(*args) for journal in self.journals])
+        ingress, queued = args
         assert (method, len(ingress), queued >= 0) == ("stats", 32, True)
-        return self
+        return Answers(self.answers)
+
+
+@dataclass
+class Answers:
+    """To a broadcast."""
+
+    ask: Callable[[], list[Any]]
 
     async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
         assert timeout_s > 0
         assert return_exceptions
-        return self.answers()
+        return self.ask()
