@@ -19,7 +19,7 @@ from cluster.route import News, Route
 from replicas.answer_journal import AnswerJournal, Mark
 from replicas.channel_wire import InboxAddress
 from replicas.hop import Frames, HopCodec
-from replicas.output_channel import Channels, Lane
+from replicas.output_channel import ChannelBroken, Channels, Lane
 from replicas.replica import ReplicaInfo, ReplicaStats
 
 INFO = ReplicaInfo(supported_tasks=("generate",), max_model_len=128, kv_blocks=8, block_tokens=16)
@@ -67,6 +67,8 @@ class FakeCall:
     mark: Mark | None
     cancelled: bool = False
     codec: HopCodec = field(default_factory=HopCodec)
+    gave_up: bool = False
+    """Its lane has ended early."""
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -94,10 +96,17 @@ class FakeCall:
                 if step == "end":
                     return
                 if step == "wait":
-                    await asyncio.Event().wait()
+                    await self._wait(lane)
                 if step == "cancel":
                     raise asyncio.CancelledError
             await lane.ended
+
+    async def _wait(self, lane: Lane) -> None:
+        try:
+            await lane.ended
+        except ChannelBroken:
+            self.gave_up = True
+            raise
 
 
 def _logprobs(params: SamplingParams | None, tokens: list[int]) -> LogprobsLists | None:
