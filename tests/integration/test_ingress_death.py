@@ -4,6 +4,7 @@ that come again with their key get their answers."""
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from tests.integration.replica_processes import replica_processes
+from tests.integration.served_cluster import served
 from tests.integration.watching import metric
 
 DEADLINE_S = 120.0
@@ -118,3 +120,36 @@ def test_an_answer_is_resumed_by_its_key(cluster: str, model: str, path: str, st
     assert metric(cluster, "ellm_requests_resumed_total") == 2
     other = httpx.post(url, json=body | {"top_p": 0.9}, headers={"idempotency-key": key}, timeout=60, trust_env=False)
     assert other.status_code == 422
+
+
+def answering(url: str) -> psutil.Process:
+    """The ingress process that has the one connection to the port of that URL."""
+    port = httpx.URL(url).port
+    (found,) = [
+        process
+        for process in replica_processes("ellm:api")
+        for connection in process.net_connections("tcp")
+        if connection.laddr.port == port and connection.status == psutil.CONN_ESTABLISHED
+    ]
+    return found
+
+
+def test_another_ingress_resumes_at_once(tmp_path: Path) -> None:
+    """With two ingress processes a client whose own has been killed comes again before the replica has given up what it
+    runs for the dead one: its answer goes on, and it is not told that somebody else listens."""
+    config = {"models": [{"name": "m", "max_model_len": 512}], "http": {"ingress_replicas": 2}}
+    body = {"model": "m", "prompt": "Hello", "max_tokens": ANSWER, "temperature": 1.0, "ignore_eos": True}
+    body |= {"return_token_ids": True, "stream": True}
+    with served(config, tmp_path) as api:
+        url, killed = f"{api}/v1/completions", []
+
+        def kill(tokens: int) -> None:
+            if tokens >= BEGINNING and not killed:
+                killed.append(answering(api))
+                killed[0].kill()
+
+        seen = tokens_of(url, body, "k", kill)
+        whole = tokens_of(url, body, "k", lambda tokens: None)
+        assert killed
+        assert (whole[: len(seen)], len(whole)) == (seen, ANSWER)
+        assert len(seen) <= metric(api, "ellm_resumed_tokens_total") < ANSWER

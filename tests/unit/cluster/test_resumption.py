@@ -12,11 +12,13 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 import cluster.resumption
+from cluster.admission import AdmissionQueue, QueueLimits
 from cluster.bench.report import Slo
 from cluster.config import SloClass
 from cluster.core_client import ClusterCore
 from cluster.door import Door
 from cluster.request_slo import CURRENT, RequestSlo
+from cluster.room import Room
 from cluster.slo import Ending
 from replicas.answer_journal import AnswerJournal, Mark
 from tests.unit.cluster.fake_replicas import INFO, FakeHandle, Step, died, request
@@ -105,6 +107,20 @@ def _end_of(answer: Any) -> tuple[str, str, int, int]:
     (why,) = {choice["finish_reason"] for one in said for choice in one["choices"]} - {None}
     (usage,) = [one["usage"] for one in said if one.get("usage")]
     return text.strip(), why, usage["prompt_tokens"], usage["completion_tokens"]
+
+
+async def test_it_does_not_wait_at_the_door_again(server: VllmServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was let in before, and a whole answer needs no place; one that is new waits."""
+    door = Door(AdmissionQueue([SloClass()], QueueLimits(1)), Room(0.5, 1, replicas=1))
+    async with server.front([[5, "wait"], [6, "finish"]], [SloClass()], door) as api:
+        await broken_off(api, "/v1/completions", KEY, tokens=1)
+        monkeypatch.setattr(door.room, "has_room", lambda requests, now_s: False)
+        waits = Client(api, "/v1/completions", BODIES["/v1/completions"], {})
+        await until(lambda: door.waiting == 1)
+        for _ in range(2):
+            assert _end_of(await ask(api, "/v1/completions", KEY))[0] == "w5 w6"
+        assert (door.waiting, door.room.inside, len(api.handle.calls)) == (1, 0, 2)
+        await waits.hang_up()
 
 
 async def test_a_stop_string_ends_it_at_the_same_token(front: Open) -> None:
