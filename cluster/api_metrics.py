@@ -46,10 +46,12 @@ from cluster.metrics import (
     REQUESTS_CONTINUED,
     REQUESTS_IN_FLIGHT,
     REQUESTS_LIMIT,
+    REQUESTS_RESUMED,
     REQUESTS_RETRIED,
     REQUESTS_WAITING,
     SLO_REPLICA_KEPT,
     SLO_REPLICA_REQUESTS,
+    TOKENS_RESUMED,
     TOKENS_WAITING,
 )
 from cluster.metrics_text import CONTENT_TYPE, TextFamilies, merged_text, text_families
@@ -117,6 +119,8 @@ class CoreCollector(Collector):
             (REQUESTS_IN_FLIGHT, core.in_flight),
             (REQUESTS_RETRIED, core.retried),
             (REQUESTS_CONTINUED, core.continued),
+            (REQUESTS_RESUMED, core.resumption.requests),
+            (TOKENS_RESUMED, core.resumption.tokens),
             (REPLICAS_DRAINING, sum(replica.draining for replica in core.replicas)),
             (MIGRATION_DOWNTIMES, core.mover.downtimes),
             (MIGRATION_DOWNTIME, core.mover.downtime_s),

@@ -59,11 +59,14 @@ from cluster.prediction import PredictionError
 from cluster.prompt_prefix import prefix_ids, prompt_length
 from cluster.relay import ATTEMPTS_MOST, Relay
 from cluster.relief import Relief
+from cluster.replica_poll import follow_stats
 from cluster.request_slo import CURRENT, Part
+from cluster.resumption import Resumption
 from cluster.route import Route
 from cluster.routing_policy import RouteRequest
 from cluster.suspects import Suspects
 from cluster.tenancy import tenant_salt
+from replicas.answer_journal import Mark
 from replicas.channel_wire import InboxAddress
 from replicas.hop import Frames, HopCodec
 from replicas.migration_words import MOVED_PARAM, Arrival, Moved, with_word
@@ -71,9 +74,7 @@ from replicas.replica import ReplicaInfo, ReplicaStats
 
 logger = logging.getLogger("ray.serve")
 
-POLL_PERIOD_S = 1.0
-POLL_TIMEOUT_S = 3.0
-STALE_AFTER_S = 15.0
+DRAIN_TIMEOUT_S = 3.0
 WATCH_PERIOD_S = 0.5
 AGAIN_S = 0.5
 """From an attempt that no replica has taken to the next one."""
@@ -92,7 +93,7 @@ class ClusterCore:
     Attributes:
         replicas: those that answered the last poll, as they were then; reachable: how many.
         retried: requests sent again before their first token; continued: likewise, after it.
-        mover: what became of migrations.
+        mover: what became of migrations; resumption: of requests whose clients have come again.
         ttft_error, tpot_error: of what the router has predicted.
     """
 
@@ -144,11 +145,13 @@ class ClusterCore:
         self._shut: set[str] = set()
         self._relief = Relief(self.mover, self._relays, self._recall, self._takes, 1 / routers)
         self._suspects = Suspects()
+        self.resumption = Resumption(model, handle, self._put_out)
         self._outputs: list[EngineCoreOutput] = []
         self._stats: deque[EngineCoreOutputs] = deque()
         self._wake = asyncio.Event()
         self._slots = EngineSlots(replicas)
-        self._tasks = [asyncio.get_running_loop().create_task(work) for work in (self._poll(), self._watch())]
+        poll = follow_stats(handle, self._name, lambda: self.door.waiting, self._take_stats)
+        self._tasks = [asyncio.get_running_loop().create_task(work) for work in (poll, self._watch())]
 
     async def open(self, host: str) -> None:
         """Take outputs at ``host``, an address of this node that replicas can reach. Raises OSError."""
@@ -166,7 +169,8 @@ class ClusterCore:
         if owner is not None and owner.is_known:
             request.cache_salt = tenant_salt(owner.tenant, request.cache_salt)
         part = Part(len(request.prompt_token_ids or ()), partial(self._stop, request.request_id))
-        relay = self._relays[request.request_id] = Relay(request, part)
+        mark = self.resumption.mark(owner, request)
+        relay = self._relays[request.request_id] = Relay(request, part, mark)
         # A context of its own: Ray Serve would otherwise cancel the call with whatever request of its own happens to be
         # current here, beside the abort that vLLM sends anyway.
         relay.task = asyncio.get_running_loop().create_task(self._relay(relay), context=contextvars.Context())
@@ -272,6 +276,8 @@ class ClusterCore:
     async def _relay(self, relay: Relay) -> None:
         request_id = relay.request.request_id
         try:
+            if relay.mark is not None and await self.resumption.is_over(relay, self.door):
+                return
             if not await self.door.enter(relay.part):
                 return
             owner = relay.part.request
@@ -326,15 +332,14 @@ class ClusterCore:
         relay.ticket, relay.route = next(self._tickets), Route(asks, shut=self._shut)
         relay.fault, relay.given_up, relay.recalled = None, False, False
         relay.attempts, relay.base = relay.attempts + 1, len(relay.token_ids)
+        relay.route.to, relay.wanted = relay.wanted if relay.wanted not in self._shut else None, None
         if (moved := relay.moved) is not None and request.sampling_params is not None:
             word = Arrival(moved.origin, moved.move, moved.computed)
             request = msgspec.structs.replace(request, sampling_params=with_word(request.sampling_params, word))
             relay.route.to, relay.moved, relay.attempts = relay.destination, None, relay.attempts - 1
-        elif relay.wanted is not None:
-            relay.route.to, relay.wanted, relay.attempts = relay.wanted, None, relay.attempts - 1
         self._by_ticket[relay.ticket] = relay
         error: Exception | None = None
-        call = self._call(self._codec.encode_request(request), relay.ticket, relay.route)
+        call = self._call(self._codec.encode_request(request), relay.ticket, relay.route, relay.mark_so_far)
         try:
             await call
         except asyncio.CancelledError:
@@ -357,9 +362,9 @@ class ClusterCore:
             return None
         return error or RuntimeError(relay.fault or "the replica ended the request early")
 
-    def _call(self, frames: Frames, ticket: int, route: Route) -> Any:
+    def _call(self, frames: Frames, ticket: int, route: Route, mark: Mark | None = None) -> Any:
         """A replica's ``generate``, of the one that the router chooses."""
-        return self._generate.remote(frames, self._address, ticket, route=route)
+        return self._generate.remote(frames, self._address, ticket, route=route, mark=mark)
 
     def _give_up(self, relay: Relay, fault: str) -> None:
         """End its present attempt, which has that fault."""
@@ -401,7 +406,7 @@ class ClusterCore:
         requests again. Raises MigrationError where one of them does not answer."""
         try:
             answers = await self._handle.broadcast("drain", sorted(replicas), on).results_async(
-                timeout_s=POLL_TIMEOUT_S, return_exceptions=True
+                timeout_s=DRAIN_TIMEOUT_S, return_exceptions=True
             )
         except (RayServeException, TimeoutError):
             answers = []
@@ -497,26 +502,6 @@ class ClusterCore:
                     self._give_up(relay, fault)
 
     # Statistics and reachability
-
-    async def _poll(self) -> None:
-        """Ask every replica for its numbers once a second, for ever."""
-        answered_s = time.monotonic()
-        while True:
-            started_s = time.monotonic()
-            try:
-                answers = await self._handle.broadcast("stats", self._name, self.door.waiting).results_async(
-                    timeout_s=POLL_TIMEOUT_S, return_exceptions=True
-                )
-                answered_s = started_s
-            except RayServeException:  # there is no replica at all
-                answers, answered_s = [], started_s
-            except TimeoutError:
-                answers = None  # one of them is stuck, which says nothing of the others: keep the last count a while
-            if answers is not None:
-                self._take_stats([answer for answer in answers if isinstance(answer, ReplicaStats)])
-            elif started_s - answered_s > STALE_AFTER_S:
-                self._take_stats([])
-            await asyncio.sleep(max(0.0, started_s + POLL_PERIOD_S - time.monotonic()))
 
     def _take_stats(self, stats: list[ReplicaStats]) -> None:
         self.replicas, self.reachable = stats, len(stats)

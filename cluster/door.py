@@ -99,6 +99,12 @@ class Door:
             self._send(part)
         return True
 
+    def readmit(self, request: RequestSlo) -> None:
+        """Let it in without a wait: it was inside before, and its client has lost it there."""
+        if not request.admitted:
+            self._count(request, Verdict.ADMITTED)
+            self._admit(request)
+
     def began(self, part: Part, replica: str) -> None:
         """Its first token has come, from that replica. Again, or after its end, does nothing."""
         if part.over or part.has_begun:

@@ -77,6 +77,16 @@ REQUESTS_CONTINUED = MetricSpec(
     _MODEL,
     "Answers that went on elsewhere when their replica had failed.",
 )
+REQUESTS_RESUMED = MetricSpec(
+    "ellm_requests_resumed_total",
+    Kind.COUNTER,
+    "requests",
+    _MODEL,
+    "Requests that came again with their Idempotency-Key, and got what had been computed.",
+)
+TOKENS_RESUMED = MetricSpec(
+    "ellm_resumed_tokens_total", Kind.COUNTER, "tokens", _MODEL, "Tokens that these got and no engine computed again."
+)
 MIGRATIONS = MetricSpec(
     "ellm_migrations_total",
     Kind.COUNTER,
@@ -192,6 +202,8 @@ INGRESS_METRICS = (
     REQUESTS_IN_FLIGHT,
     REQUESTS_RETRIED,
     REQUESTS_CONTINUED,
+    REQUESTS_RESUMED,
+    TOKENS_RESUMED,
     MIGRATIONS,
     MIGRATION_DOWNTIMES,
     MIGRATION_DOWNTIME,

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vllm.v1.engine import EngineCoreRequest
 
@@ -11,6 +11,7 @@ from cluster.continuation import why_final
 from cluster.request_slo import Part
 from cluster.route import Route
 from cluster.suspects import DEATHS
+from replicas.answer_journal import Mark
 from replicas.hop import TPOT_TARGET_ARG, TTFT_TARGET_ARG
 from replicas.migration_words import Moved, without_words
 
@@ -27,6 +28,7 @@ class Relay:
     Attributes:
         request: as its client asked it.
         part: of the HTTP request whose context it came in: its targets are ``part.request.slo``.
+        mark: by which its answer is found again, where its client has given it a key.
         token_ids: output ids received so far; prompt and these are what another replica would need to go on.
         fault: what is wrong with its outputs, or with its replica, where something is.
         deaths: of replicas that had it, one after the other, and gave no token of it.
@@ -45,6 +47,7 @@ class Relay:
 
     request: EngineCoreRequest
     part: Part
+    mark: Mark | None = None
     task: "asyncio.Task[None] | None" = None
     token_ids: list[int] = field(default_factory=list)
     finished: bool = False
@@ -74,6 +77,11 @@ class Relay:
         """Where the present attempt runs, or is meant to run."""
         standing = self.route.replica if self.route is not None else None
         return standing.replica_id if standing is not None else None
+
+    @property
+    def mark_so_far(self) -> Mark | None:
+        """The mark of an attempt that begins now."""
+        return replace(self.mark, token_ids=list(self.token_ids)) if self.mark is not None else None
 
     @property
     def has_answered(self) -> bool:

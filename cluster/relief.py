@@ -80,7 +80,7 @@ class Relief:
             self._moving[order.source] = asyncio.get_running_loop().create_task(self._move(relay, order))
             return
         self._mover.counts[order.trigger, MoveOutcome.REROUTED] += 1
-        relay.wanted = order.destination
+        relay.wanted, relay.attempts = order.destination, relay.attempts - 1
         self._recall(relay, f"replica {order.source} has no room for it now, and {order.destination} has")
 
     def _candidates(self, source: str) -> Iterator[Candidate]:

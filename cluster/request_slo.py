@@ -22,10 +22,10 @@ class Stop:
     """The cluster has ended a request itself: what its client is told, and how it counts.
 
     Attributes:
-        retry_after_s: when it may come again.
+        ending: None for one that was wrong, which counts as nothing. retry_after_s: when it may come again.
     """
 
-    ending: Ending
+    ending: Ending | None
     status: HTTPStatus
     message: str
     retry_after_s: int | None = None
@@ -39,7 +39,8 @@ class Part:
         prompt_tokens: to be computed; stop: what ends it in the core.
         request: whose it is; None for one that came by no HTTP request.
         sent: it went to a replica; over: its end is known.
-        first_s, last_s: of its tokens; tokens: of its answer, so far.
+        first_s, last_s: of its tokens; tokens: of its answer, so far. resumed: of these, those that an earlier request
+            with its key had computed; its times are of the others.
         replica: id of the one that answered, empty before its first token.
         failed: it ended with an error.
     """
@@ -52,6 +53,7 @@ class Part:
     first_s: float = math.nan
     last_s: float = math.nan
     tokens: int = 0
+    resumed: int = 0
     replica: str = ""
     failed: bool = False
 
@@ -62,7 +64,8 @@ class Part:
     @property
     def tpot_s(self) -> float:
         """0 where there is no second token."""
-        return (self.last_s - self.first_s) / (self.tokens - 1) if self.tokens > 1 else 0.0
+        made = self.tokens - self.resumed
+        return (self.last_s - self.first_s) / (made - 1) if made > 1 else 0.0
 
 
 @dataclass(eq=False, slots=True)
@@ -74,6 +77,7 @@ class RequestSlo:
         tenant: whose it is, once its body has been read.
         is_known: an API key has said so.
         session: whose replica it should go to again; empty for none.
+        idempotency_key: by which its client finds its answer again; empty for none.
         admitted: it may go to a replica.
         halt: why the cluster has ended it, where it has.
     """
@@ -84,6 +88,7 @@ class RequestSlo:
     tenant: str = ""
     is_known: bool = False
     session: str = ""
+    idempotency_key: str = ""
     admitted: bool = False
     halt: Stop | None = None
     parts: list[Part] = field(default_factory=list)
@@ -95,8 +100,8 @@ class RequestSlo:
 
     @property
     def tokens(self) -> int:
-        """Of prompts and answers, so far."""
-        return sum(part.prompt_tokens + part.tokens for part in self.parts)
+        """Of prompts and answers, so far; without what was computed for an earlier request."""
+        return sum(part.prompt_tokens + part.tokens - part.resumed for part in self.parts)
 
     @property
     def due_s(self) -> float:

@@ -33,6 +33,8 @@ TENANT_HEADER = "x-tenant-id"
 SESSION_HEADER = "x-session-id"
 """As Ray Serve names it."""
 SESSION_MOST = 256
+KEY_HEADER = "idempotency-key"
+KEY_MOST = 255
 PATHS = frozenset(
     {
         "/v1/completions",
@@ -46,7 +48,9 @@ PATHS = frozenset(
 """Of requests that engines answer."""
 _NAMED_EVENTS = ("/v1/responses", "/v1/messages")
 """Their streams have a name for each event, and no [DONE]."""
-_HEADERS = {name.encode(): name for name in (CLASS_HEADER, TTFT_HEADER, TPOT_HEADER, TENANT_HEADER, SESSION_HEADER)}
+_HEADERS = {
+    name.encode(): name for name in (CLASS_HEADER, TTFT_HEADER, TPOT_HEADER, TENANT_HEADER, SESSION_HEADER, KEY_HEADER)
+}
 
 
 class ClassForbidden(Exception):
@@ -69,7 +73,7 @@ class SloLayer:
             if caller is not None:
                 _apply_key(headers, caller)
             slo_class, slo = request_targets(self._classes, headers)
-            session = _session(headers)
+            session, key = _session(headers), _idempotency_key(headers)
         except SloHeaderError as error:
             await error_answer(str(error), HTTPStatus.BAD_REQUEST)(scope, receive, send)
             return
@@ -77,7 +81,7 @@ class SloLayer:
             await error_answer(str(error), HTTPStatus.FORBIDDEN)(scope, receive, send)
             return
         tenant = headers.get(TENANT_HEADER, "")
-        request = RequestSlo(slo_class, slo, time.monotonic(), tenant, caller is not None, session)
+        request = RequestSlo(slo_class, slo, time.monotonic(), tenant, caller is not None, session, key)
         exchange = _Exchange(request, receive, send)
         timer = _start_timer(request)
         token = CURRENT.set(request)
@@ -201,6 +205,18 @@ def _session(headers: Mapping[str, str]) -> str:
     if len(session) > SESSION_MOST:
         raise SloHeaderError(f"{SESSION_HEADER} has {len(session)} characters; give at most {SESSION_MOST}")
     return session
+
+
+def _idempotency_key(headers: Mapping[str, str]) -> str:
+    """Empty where there is none. Raises SloHeaderError for one that does not fit."""
+    key = headers.get(KEY_HEADER)
+    if key is None:
+        return ""
+    if not 0 < len(key) <= KEY_MOST or not key.isprintable():
+        raise SloHeaderError(
+            f"{KEY_HEADER} has {len(key)} characters; give 1 to {KEY_MOST} printable ones, such as a random UUID"
+        )
+    return key
 
 
 class _Head(msgspec.Struct):

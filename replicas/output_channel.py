@@ -69,6 +69,17 @@ class Lane:
         """Everything so far has been taken."""
         return not self.waiting and self._channel.idle
 
+    @property
+    def lost(self) -> bool:
+        """The ingress cannot be reached now."""
+        return self._channel.lost
+
+    def give_up(self) -> None:
+        """End it with ChannelBroken, before the channel does."""
+        if not self.ended.done():
+            self.ended.set_exception(ChannelBroken("another request has taken its place"))
+            self.ended.exception()  # whoever waits is told; that nobody does is no fault
+
     def put(self, output: EngineCoreOutput) -> None:
         """Send ``output``, which belongs to the channel from here on."""
         coalesce(self.waiting, output)
@@ -84,6 +95,8 @@ class OutputChannel:
 
     def __init__(self, address: InboxAddress, replica: str, run_errand: Run) -> None:
         self.lanes: set[Lane] = set()
+        self.lost = False
+        """There is no connection any more, or none could be made."""
         self._address = address
         self._sender = os.urandom(SENDER_BYTES)
         self._replica = replica
@@ -129,6 +142,7 @@ class OutputChannel:
                     await self._connect_once()
                 except (OSError, WireError) as error:
                     logger.warning("no connection to the ingress at %s:%d: %s", host, port, error)
+                self.lost = True
                 if self._connection is not None:
                     self._connection, lost_s = None, loop.time()
                     if not self.lanes:
@@ -166,7 +180,7 @@ class OutputChannel:
 
     def _taken(self, connection: "_Connection", number: int) -> None:
         """The ingress has every parcel up to ``number``; said first after connecting, then after each parcel."""
-        again = self._connection is not connection
+        again, self.lost = self._connection is not connection, False
         if number == self._number:
             self._connection, self._untaken = connection, None
             for lane in self._ending:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vllm.v1.metrics.stats import SchedulerStats
 
     from memory_agent.agent import AgentSpec
+    from replicas.answer_journal import Found, Mark
     from replicas.channel_wire import InboxAddress
     from replicas.hop import Frames
 
@@ -84,6 +85,7 @@ class EngineReplica:
 
         Raises what vLLM raises for settings it refuses, and what the agent raises where the guarantee does not fit.
         """
+        from replicas.answer_journal import AnswerJournal
         from replicas.engine_config import build_paced_core, build_vllm_config
         from replicas.engine_host import EngineHost
         from replicas.output_channel import Channels
@@ -99,6 +101,7 @@ class EngineReplica:
         config = build_vllm_config(spec, *where)
         self._engine = EngineHost(config, build_paced_core(spec, config))
         self._channels = Channels(self.engine_id, self._engine.run)
+        self._journal = AnswerJournal(self.engine_id)
         self._queues = QueueBook()
         self._start(self._engine.pump())
         if self._link is not None:
@@ -107,17 +110,30 @@ class EngineReplica:
         if spec.charge_activations:
             await warm_up(self._engine)
 
-    async def generate(self, frames: "Frames", address: "InboxAddress", ticket: int, route: None = None) -> None:
+    async def generate(
+        self,
+        frames: "Frames",
+        address: "InboxAddress",
+        ticket: int,
+        route: None = None,
+        mark: "Mark | None" = None,
+    ) -> None:
         """Run one encoded EngineCoreRequest; its outputs go to the inbox at ``address``, under ``ticket``. Returns when
         all have been received there. Cancelling aborts it in the engine.
 
         Args:
             route: what the caller tells the router of its process; it arrives here as None.
+            mark: under which the answer is remembered, of a request that has a key.
 
         Raises ChannelBroken where the inbox cannot be reached.
         """
-        with self._channels.lane(address, ticket) as lane:
-            await self._engine.run(frames, lane)
+        with self._channels.lane(address, ticket) as lane, self._journal.recorded(mark, lane) as outlet:
+            await self._engine.run(frames, outlet)
+
+    async def find_answer(self, key: bytes, request: bytes) -> "Found | None":
+        """Asked by an ingress to which a key has come: what is known of its answer. An attempt at it whose own ingress
+        is gone ends with this."""
+        return self._journal.find(key, request)
 
     async def info(self) -> ReplicaInfo:
         config = self._engine.config

@@ -56,7 +56,9 @@ class Handle:
         assert method_name == "generate"
         return self
 
-    def remote(self, frames: Frames, address: InboxAddress, ticket: int, route: Route) -> "asyncio.Task[None]":
+    def remote(
+        self, frames: Frames, address: InboxAddress, ticket: int, route: Route, mark: None
+    ) -> "asyncio.Task[None]":
         replica = self.replicas[route.to or self.first]
         route.replica = Standing(replica.name)
         return asyncio.get_running_loop().create_task(replica.generate(frames, address, ticket))

@@ -112,8 +112,12 @@ CLUSTER = Board(
                     f"sum by (model_name) (increase(ellm_requests_continued_total{OF_MODEL}{RATE}))",
                     "{{model_name}} after it",
                 ),
+                Query(
+                    f"sum by (model_name) (increase(ellm_requests_resumed_total{OF_MODEL}{RATE}))",
+                    "{{model_name}} when their client came again",
+                ),
             ),
-            "Because their replica had died or did not answer.",
+            "Because their replica had died or did not answer; or their connection had ended, and they have a key.",
         ),
         Panel(
             "Engines",

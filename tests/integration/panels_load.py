@@ -52,9 +52,11 @@ class Load:
         self._ends = Event()
 
     def play(self) -> None:
-        """The script: calm, one request that moves, a drain, a crowd, a death in the middle of it, calm."""
+        """The script: calm, one request that moves, one that comes again, a drain, a crowd, a death in the middle of
+        it, calm."""
         time.sleep(CALM_S)
         self._move_a_request()
+        self._come_again()
         self._drain_a_replica()
         with ThreadPoolExecutor(TALKERS + 2) as pool:
             crowd = [pool.submit(self._talk, number) for number in range(TALKERS)]
@@ -118,6 +120,15 @@ class Load:
             for replica in self._replicas()
         ]
         assert any(one.status_code == 200 for one in tried), [one.text for one in tried]
+
+    def _come_again(self) -> None:
+        """A client that hangs up in the middle of its answer, and asks for it again."""
+        body = {"model": "m", "prompt": "tell again", "max_tokens": 60, "ignore_eos": True, "stream": True}
+        headers = {"x-slo-class": PATIENT, "idempotency-key": "again"}
+        with self._http.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
+            next(answer.iter_lines())
+        answer = self._http.post("/v1/completions", json=body | {"stream": False}, headers=headers)
+        assert answer.json()["usage"]["completion_tokens"] == 60, answer.text
 
     def _drain_a_replica(self) -> None:
         """For a moment."""

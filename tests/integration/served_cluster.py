@@ -47,7 +47,7 @@ def program(command: list[str], log: Path, ready: Callable[[], bool]) -> Iterato
 def served(config: Mapping[str, Any], folder: Path) -> Iterator[str]:
     """A cluster by `ellm serve` that serves, with its output in ``folder``: its URL."""
     port, file, log = free_port(), folder / "cluster.yaml", folder / "serve.log"
-    file.write_text(yaml.safe_dump({**config, "http": {"port": port}}), encoding="utf-8")
+    file.write_text(yaml.safe_dump({**config, "http": {**config.get("http", {}), "port": port}}), encoding="utf-8")
     command = [sys.executable, "-m", "cluster.cli", "serve", "--config", str(file)]
     with program(command, log, lambda: "Ctrl-C stops everything" in log.read_text(errors="replace")):
         yield f"http://127.0.0.1:{port}"

@@ -92,6 +92,7 @@ def test_the_load_does_what_it_should(watched: Watched) -> None:
         "sum(ellm_device_dead_engines_total)",
         "sum(ellm_requests_continued_total)",
         "sum(ellm_requests_retried_total)",
+        "sum(ellm_requests_resumed_total)",
     ):
         assert watched.most(happened) > 0, happened
     assert set(watched.load.answers) == {(PATIENT, 200), (SHED, 200), (SHED, 429)}

@@ -17,9 +17,10 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import LogprobsLists
 
 from cluster.route import News, Route
+from replicas.answer_journal import AnswerJournal, Mark
 from replicas.channel_wire import InboxAddress
 from replicas.hop import Frames, HopCodec
-from replicas.output_channel import Channels, Lane
+from replicas.output_channel import ChannelBroken, Channels, Lane
 from replicas.replica import ReplicaInfo, ReplicaStats
 
 INFO = ReplicaInfo(supported_tasks=("generate",), max_model_len=128, kv_blocks=8, block_tokens=16)
@@ -63,8 +64,12 @@ class FakeCall:
     lane: AbstractContextManager[Lane]
     script: Sequence[Step]
     route: Route
+    journal: AnswerJournal
+    mark: Mark | None
     cancelled: bool = False
     codec: HopCodec = field(default_factory=HopCodec)
+    gave_up: bool = False
+    """Its lane has ended early."""
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -75,14 +80,14 @@ class FakeCall:
     async def _play(self) -> None:
         asked = self.codec.decode_request(self.frames)
         request_id = asked.request_id
-        with self.lane as lane:
+        with self.lane as lane, self.journal.recorded(self.mark, lane) as outlet:
             for step in self.script:
                 await asyncio.sleep(0)
                 if isinstance(step, int) or step == "finish":
                     reason = FinishReason.LENGTH if step == "finish" else None
                     tokens = [step] if isinstance(step, int) else []
                     logprobs = _logprobs(asked.sampling_params, tokens)
-                    lane.put(EngineCoreOutput(request_id, tokens, logprobs, finish_reason=reason))
+                    outlet.put(EngineCoreOutput(request_id, tokens, logprobs, finish_reason=reason))
                     continue
                 async with asyncio.timeout(10):
                     while not lane.idle:  # noqa: ASYNC110  # plain state of the product, without an event
@@ -92,10 +97,17 @@ class FakeCall:
                 if step == "end":
                     return
                 if step == "wait":
-                    await asyncio.Event().wait()
+                    await self._wait(lane)
                 if step == "cancel":
                     raise asyncio.CancelledError
             await lane.ended
+
+    async def _wait(self, lane: Lane) -> None:
+        try:
+            await lane.ended
+        except ChannelBroken:
+            self.gave_up = True
+            raise
 
 
 def _logprobs(params: SamplingParams | None, tokens: list[int]) -> LogprobsLists | None:
@@ -108,13 +120,15 @@ def _logprobs(params: SamplingParams | None, tokens: list[int]) -> LogprobsLists
 
 @dataclass
 class FakeHandle:
-    """Plays ``scripts`` one after the other; ``answers`` is what a broadcast returns, or a function that raises.
-    ``news``: what a router would hear. ``takes``: a call is taken by its replica."""
+    """Plays ``scripts`` one after the other; ``answers`` is what each replica's stats are, or a function that raises.
+    ``news``: what a router would hear. ``takes``: a call is taken by its replica. ``journals``: of the replicas; calls
+    are written into the first one."""
 
     scripts: list[Sequence[Step]] = field(default_factory=list)
     answers: Callable[[], list[Any]] = lambda: [stats("a")]
     calls: list[FakeCall] = field(default_factory=list)
     channels: Channels = field(default_factory=lambda: Channels("replica-a", no_errand))
+    journals: list[AnswerJournal] = field(default_factory=lambda: [AnswerJournal("replica-a")])
     news: News = field(default_factory=News)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     """A replica answers what is asked of any."""
@@ -135,18 +149,29 @@ class FakeHandle:
         assert method_name == "generate"
         return self
 
-    def remote(self, frames: Frames, address: InboxAddress, ticket: int, route: Route) -> FakeCall:
+    def remote(self, frames: Frames, address: InboxAddress, ticket: int, route: Route, mark: Mark | None) -> FakeCall:
         route.news = self.news
         if self.takes:
             route.accepted_s = time.monotonic()
-        self.calls.append(FakeCall(frames, self.channels.lane(address, ticket), self.scripts[len(self.calls)], route))
+        lane, script = self.channels.lane(address, ticket), self.scripts[len(self.calls)]
+        self.calls.append(FakeCall(frames, lane, script, route, self.journals[0], mark))
         return self.calls[-1]
 
-    def broadcast(self, method: str, ingress: str, queued: int) -> "FakeHandle":
+    def broadcast(self, method: str, *args: Any) -> "Answers":
+        if method == "find_answer":
+            return Answers(lambda: [journal.find(*args) for journal in self.journals])
+        ingress, queued = args
         assert (method, len(ingress), queued >= 0) == ("stats", 32, True)
-        return self
+        return Answers(self.answers)
+
+
+@dataclass
+class Answers:
+    """To a broadcast."""
+
+    ask: Callable[[], list[Any]]
 
     async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
         assert timeout_s > 0
         assert return_exceptions
-        return self.answers()
+        return self.ask()

@@ -138,7 +138,9 @@ class Handle:
     def options(self, *, method_name: str) -> "Handle":
         return self
 
-    def remote(self, frames: Frames, address: InboxAddress, ticket: int, route: Route) -> "asyncio.Task[None]":
+    def remote(
+        self, frames: Frames, address: InboxAddress, ticket: int, route: Route, mark: None
+    ) -> "asyncio.Task[None]":
         there = [one for one in self.replicas.values() if not one.lost.is_set() and one.name not in self.away]
         replica = self.replicas[route.to] if route.to is not None else there[0]
         if route.to is None:

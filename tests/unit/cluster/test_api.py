@@ -73,6 +73,7 @@ def served(name: str) -> ServedModel:
         in_flight=2,
         retried=3,
         continued=0,
+        resumption=SimpleNamespace(requests=0, tokens=0),
         replicas=[],
         mover=SimpleNamespace(counts=collections.Counter(), downtimes=0, downtime_s=0.0),
         rests=False,

@@ -43,7 +43,9 @@ ODD_BYTES = [
 ]  # fmt: skip
 SLACK_BYTES, BYTES_A_REQUEST = 24 << 20, 256
 """Memory that allocators and caches may take after the first third of the requests."""
-SLO_HEADERS = ("x-slo-class", "x-slo-ttft-ms", "x-slo-tpot-ms", "x-tenant-id", "x-session-id", "x-request-id")
+SLO_HEADERS = (
+    "x-slo-class", "x-slo-ttft-ms", "x-slo-tpot-ms", "x-tenant-id", "x-session-id", "x-request-id", "idempotency-key"
+)  # fmt: skip
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

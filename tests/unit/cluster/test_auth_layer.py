@@ -254,6 +254,16 @@ async def test_nobody_speaks_for_another_tenant(front: Open, keys: Keys) -> None
         assert sessions == [("theirs", "s"), ("mine", "s"), None, None]
 
 
+async def test_nobody_gets_another_tenants_answer(front: Open, keys: Keys) -> None:
+    """With the other one's Idempotency-Key and the very same request a tenant's answer is computed; two keys of one
+    tenant find the same one."""
+    mine, theirs, also_mine = keys.add("mine"), keys.add("theirs"), keys.add("mine")
+    async with front(3) as api:
+        for key, computed in ((theirs, 1), (mine, 2), (also_mine, 2), (theirs, 2)):
+            answer = await ask(api, key, {"idempotency-key": "k", "x-tenant-id": "theirs"}, user="theirs")
+            assert (answer.status_code, len(api.handle.calls)) == (200, computed)
+
+
 async def test_no_salt_of_a_tenant_leads_to_anothers_cache(front: Open, keys: Keys) -> None:
     """With the very salts that other requests have used in the engine, told as its own, a tenant still gets other
     hashes: vLLM's, by which device and host buffer find KV, and the router's. Its own requests share theirs."""

@@ -58,6 +58,7 @@ def ingress(rank: int = 0, replicas: int = 2) -> IngressMetrics:
         ledger.add(Outcome("chat", MODEL, replica, Slo(), Ending.ANSWERED, 0.1, 0.01, 1.0, output_tokens=7))
     core = SimpleNamespace(
         reachable=replicas, in_flight=2, retried=3, continued=1, door=door, ttft_error=error, tpot_error=error,
+        resumption=SimpleNamespace(requests=1, tokens=20),
         replicas=[], mover=SimpleNamespace(counts=Counter(), downtimes=0, downtime_s=0.0),
         replica_numbers={number: REPLICA_ID.format(number) for number in range(replicas)},
     )  # fmt: skip

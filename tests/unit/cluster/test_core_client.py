@@ -16,6 +16,7 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 
 import cluster.core_client
+import cluster.replica_poll
 from cluster.admission import AdmissionQueue
 from cluster.attempt_watch import ACCEPT_S
 from cluster.bench.report import Slo
@@ -456,7 +457,7 @@ async def test_a_model_that_should_not_rest_is_not_woken(make_core: MakeCore) ->
 
 async def test_a_stuck_replica_does_not_hide_the_others(make_core: MakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A poll that times out keeps the last count; only long silence reads as nobody."""
-    monkeypatch.setattr(cluster.core_client, "POLL_PERIOD_S", 0.01)
+    monkeypatch.setattr(cluster.replica_poll, "POLL_PERIOD_S", 0.01)
     polls = iter(range(10**6))
 
     def answers() -> list[Any]:
@@ -467,7 +468,7 @@ async def test_a_stuck_replica_does_not_hide_the_others(make_core: MakeCore, mon
     core = await make_core(FakeHandle(answers=answers))
     await until(lambda: next(polls) > 5)
     assert core.reachable == 2
-    monkeypatch.setattr(cluster.core_client, "STALE_AFTER_S", 0.0)
+    monkeypatch.setattr(cluster.replica_poll, "STALE_AFTER_S", 0.0)
     await until(lambda: core.reachable == 0)
 
 

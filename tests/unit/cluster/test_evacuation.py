@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import cluster.core_client
+import cluster.replica_poll
 from cluster.evacuation import TRIES, least_busy
 from cluster.migration import MigrationError
 from cluster.move import MoveOutcome, Trigger
@@ -19,7 +20,7 @@ from tests.unit.cluster.moving_replicas import DEADLINE_S, Client, client
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.core_client, "POLL_PERIOD_S", 0.02)
+    monkeypatch.setattr(cluster.replica_poll, "POLL_PERIOD_S", 0.02)
     monkeypatch.setattr(cluster.core_client, "WATCH_PERIOD_S", 0.02)
 
 

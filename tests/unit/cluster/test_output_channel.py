@@ -207,6 +207,23 @@ async def test_an_ingress_that_is_gone_ends_its_requests(monkeypatch: pytest.Mon
             await until(kept.ended.done, there.inbox.taken)
 
 
+async def test_a_lane_knows_that_its_ingress_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before a connection was tried, and no more when there is one again. One that gives up ends at once."""
+    monkeypatch.setattr(replicas.output_channel, "RETRY_PERIOD_S", 0.01)
+    async with pair() as ends:
+        with ends.channels.lane(ends.address, 1) as lane:
+            assert not lane.lost
+            lane.put(token(0))
+            await until(lambda: ends.received.tokens == {1: [0]})
+            for connection in list(ends.inbox._connections):
+                connection.hang_up()
+            await until(lambda: lane.lost)
+            await until(lambda: not lane.lost)
+            lane.give_up()
+            with pytest.raises(ChannelBroken, match="another request"):
+                await lane.ended
+
+
 async def test_a_replica_that_dies_in_the_middle_leaves_nothing_half() -> None:
     """A parcel that came in part when its replica died is as if it had not been sent."""
     async with pair() as ends:

@@ -36,6 +36,7 @@ from cluster.model_table import ModelTable, ServedModel
 from cluster.slo_layer import SloLayer
 from cluster.slo_ledger import SloLedger
 from cluster.slo_reports import SloReports
+from replicas.answer_journal import AnswerJournal
 from replicas.engine_config import build_engine_args
 from replicas.spec import EngineSpec
 from tests.unit.cluster.fake_replicas import INFO, FakeHandle, Step
@@ -98,6 +99,7 @@ class VllmServer:
         """An API of its own over replicas that play ``scripts``, with ``door`` in front of them; asks for ``keys``."""
         core, ledger = self._table.routed[0].engine.engine_core, SloLedger()
         self._handle.scripts, self._handle.calls, core.door = list(scripts), [], door
+        self._handle.journals = [AnswerJournal("replica-a")]
         layer, reports = SloLayer(classes, ledger), SloReports(ledger, IngressPeers(1))
         api = build_api(
             self._table,
