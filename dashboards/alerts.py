@@ -144,7 +144,7 @@ def alerts(objective: float = OBJECTIVE) -> tuple[Alert, ...]:
         ),
         Alert(
             "EllmMigrationsFailing",
-            'sum by (model_name) (increase(ellm_migrations_total{outcome!="moved"}[10m])) > '
+            'sum by (model_name) (increase(ellm_migrations_total{outcome!~"moved|rerouted"}[10m])) > '
             "0.5 * sum by (model_name) (increase(ellm_migrations_total[10m])) "
             "and sum by (model_name) (increase(ellm_migrations_total[10m])) > 3",
             "5m",

@@ -51,12 +51,13 @@ def buffer(taken: int, evicted: int) -> dict[str, str]:
     }
 
 
-def migrations(moved: int, failed: int) -> dict[str, str]:
+def migrations(moved: int, failed: int, rerouted: int = 0) -> dict[str, str]:
     """So many a step."""
     labels = 'model_name="m", trigger="drain", ingress="0"'
     return {
         f'ellm_migrations_total{{{labels}, outcome="moved"}}': f"0+{moved}x100",
         f'ellm_migrations_total{{{labels}, outcome="failed"}}': f"0+{failed}x100",
+        f'ellm_migrations_total{{{labels}, outcome="rerouted"}}': f"0+{rerouted}x100",
     }
 
 
@@ -91,6 +92,7 @@ CASES = [
     Case("EllmMigrationsFailing", migrations(moved=1, failed=2), "16m", {"model_name": "m"}),
     Case("EllmMigrationsFailing", migrations(moved=2, failed=1), "16m", None),
     Case("EllmMigrationsFailing", migrations(moved=0, failed=0), "16m", None),
+    Case("EllmMigrationsFailing", migrations(moved=1, failed=1, rerouted=4), "16m", None),
     Case("EllmAgentSilent", REACHABLE | {AGE: "0.2x20 15 30 45 60 _x200"}, "9m", ON_DEVICE),
     Case("EllmAgentSilent", REACHABLE | {AGE: "0.2x20 5 0.2x200"}, "9m", None),
     Case("EllmAgentSilent", {"ellm_controller_reachable": "1x20 0x200", AGE: "0.2x20 _x200"}, "9m", None),
