@@ -42,7 +42,7 @@ def unanswered(attempts: Iterable[A], now_s: float) -> list[tuple[A, str]]:
     waiting = []
     for one in attempts:
         route = one.route
-        if route is None or route.replica is None:
+        if route is None or route.replica is None or route.over:
             continue
         if not one.has_answered:
             waiting.append((one, route))

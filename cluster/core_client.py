@@ -283,7 +283,7 @@ class ClusterCore:
             owner = relay.part.request
             slo = owner.slo if owner is not None else Slo()
             relay.tell_engine(slo)
-            while (error := await self._try_once(relay, slo)) is not None:
+            while (error := await self._try_in_turn(relay, slo)) is not None:
                 if relay.moved is not None or relay.recalled:
                     continue
                 if isinstance(error, RayActorError) and not relay.was_taken and relay.attempts < ATTEMPTS_MOST:
@@ -291,8 +291,7 @@ class ClusterCore:
                     continue
                 tokens = len(relay.token_ids)
                 if isinstance(error, ActorDiedError) and not relay.has_answered:
-                    relay.deaths += 1
-                    self._suspects.died_with(relay.request)
+                    self._suspect(relay)
                 if (why := relay.why_over()) is not None:
                     logger.error("request %s ends in an error after %d tokens: %s; %s", request_id, tokens, error, why)
                     self._fail(relay)
@@ -308,6 +307,19 @@ class ClusterCore:
             self.door.ended(relay.part)
             relay.landed.set()
             self._relays.pop(request_id, None)
+
+    def _suspect(self, relay: Relay) -> None:
+        """Its replica has died, and had given no token of it."""
+        standing = relay.route.replica if relay.route is not None else None
+        replica = standing.replica_id if standing is not None else ""
+        routes = [one.route for one in self._relays.values() if one.route is not None and not one.has_answered]
+        party = sum(route.replica is not None and route.replica.replica_id == replica for route in routes)
+        relay.deaths += 1
+        relay.is_cause = self._suspects.died_with(relay.request, relay.deaths, replica, party)
+
+    async def _try_in_turn(self, relay: Relay, slo: Slo) -> Exception | None:
+        async with self._suspects.in_turn(relay.request, relay.deaths):
+            return await self._try_once(relay, slo)
 
     async def _wait_for_another(self, relay: Relay, error: RayActorError) -> None:
         """A dead replica, which Ray Serve takes to be there still, has not taken the request: as long as there is no
@@ -368,7 +380,7 @@ class ClusterCore:
 
     def _give_up(self, relay: Relay, fault: str) -> None:
         """End its present attempt, which has that fault."""
-        if relay.task is not None and not relay.given_up:
+        if relay.task is not None and not relay.given_up and relay.route is not None and not relay.route.over:
             relay.fault, relay.given_up = fault, True
             self._by_ticket.pop(relay.ticket, None)
             relay.task.cancel()
@@ -473,6 +485,7 @@ class ClusterCore:
         if not relay.has_answered and relay.route is not None:
             relay.route.first_token()
             self._suspects.answered(relay.request)
+            relay.deaths = 0
         relay.token_ids.extend(output.new_token_ids)
         relay.part.tokens = len(relay.token_ids)
         relay.token_s = time.monotonic()

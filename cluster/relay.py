@@ -10,7 +10,6 @@ from cluster.bench.report import Slo
 from cluster.continuation import why_final
 from cluster.request_slo import Part
 from cluster.route import Route
-from cluster.suspects import DEATHS
 from replicas.answer_journal import Mark
 from replicas.hop import TPOT_TARGET_ARG, TTFT_TARGET_ARG
 from replicas.migration_words import Moved, without_words
@@ -31,7 +30,8 @@ class Relay:
         mark: by which its answer is found again, where its client has given it a key.
         token_ids: output ids received so far; prompt and these are what another replica would need to go on.
         fault: what is wrong with its outputs, or with its replica, where something is.
-        deaths: of replicas that had it, one after the other, and gave no token of it.
+        deaths: of replicas that had it, one after the other, and gave no token of it; is_cause: they died of it, as far
+            as it looks (``cluster.suspects``).
         base: tokens that there were when the present attempt began.
         route, ticket: of the present attempt.
         given_up: the present attempt is being cancelled for its fault, and not by the client; recalled: likewise, and
@@ -55,6 +55,7 @@ class Relay:
     retries_left: int = RETRIES
     attempts: int = 0
     deaths: int = 0
+    is_cause: bool = False
     base: int = 0
     route: Route | None = None
     ticket: int = 0
@@ -74,8 +75,8 @@ class Relay:
 
     @property
     def replica(self) -> str | None:
-        """Where the present attempt runs, or is meant to run."""
-        standing = self.route.replica if self.route is not None else None
+        """Where the present attempt runs, or is meant to run; None between two attempts."""
+        standing = self.route.replica if self.route is not None and not self.route.over else None
         return standing.replica_id if standing is not None else None
 
     @property
@@ -101,8 +102,8 @@ class Relay:
     def why_over(self) -> str | None:
         """Why the attempt that has failed was the last; None where another one may help."""
         if self.has_answered:
-            self.retries_left, self.deaths = RETRIES, 0
-        if self.deaths >= DEATHS:
+            self.retries_left = RETRIES
+        if self.is_cause:
             return f"{self.deaths} replicas have died while they had it"
         if self.is_last_attempt:
             return f"{self.attempts} attempts have failed"

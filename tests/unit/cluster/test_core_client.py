@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -30,7 +30,7 @@ from cluster.room import Room
 from cluster.route import RouteEvent, Standing
 from cluster.slo import Ending
 from replicas.hop import TPOT_TARGET_ARG, TTFT_TARGET_ARG, HopCodec
-from tests.unit.cluster.fake_replicas import INFO, FakeHandle, died, request, stats
+from tests.unit.cluster.fake_replicas import INFO, FakeCall, FakeHandle, died, request, stats
 
 
 def task_error() -> Exception:
@@ -192,6 +192,50 @@ async def test_a_request_that_kills_its_replicas_is_refused(make_core: MakeCore)
     with pytest.raises(VLLMValidationError, match="2 replicas have died"):
         await core.add_request_async(request("again"))
     assert len(handle.calls) == 2
+
+
+class OnReplicas(FakeHandle):
+    """Each call at the replica that ``names`` says."""
+
+    names: Sequence[str] = ()
+
+    def remote(self, *args: Any, **kwargs: Any) -> FakeCall:
+        call = super().remote(*args, **kwargs)
+        call.route.replica = Standing(self.names[len(self.calls) - 1])
+        return call
+
+
+async def test_who_waits_at_replicas_that_die_of_something_else_is_answered(make_core: MakeCore) -> None:
+    """Two die, one soon after the other, with the same two requests waiting: each is tried by itself, and answered."""
+    handle = OnReplicas([*[[died()]] * 4, [7, "finish"], [8, "finish"]])
+    handle.names = "aabbcc"
+    core = await make_core(handle)
+    for name, prompt in (("x", [1, 2]), ("y", [3, 4])):
+        asks = request(name)
+        asks.prompt_token_ids = prompt
+        await core.add_request_async(asks)
+    outputs = await outputs_until(core, ended(2))
+    assert sorted(tokens(outputs)) == [7, 8]
+    assert (len(handle.calls), len(core._suspects)) == (6, 0)
+
+
+async def test_the_cause_among_those_who_wait_is_found(make_core: MakeCore) -> None:
+    """Of two the first kills the third replica too, tried by itself: it is refused, the other one is answered."""
+    handle = OnReplicas([*[[died()]] * 5, [8, "finish"]])
+    handle.names = "aabbcd"
+    core = await make_core(handle)
+    for name, prompt in (("x", [1, 2]), ("y", [3, 4])):
+        asks = request(name)
+        asks.prompt_token_ids = prompt
+        await core.add_request_async(asks)
+    outputs = await outputs_until(core, ended(2))
+    ends = {one.request_id: one.finish_reason for one in outputs if one.finished}
+    assert sorted(ends.values()) == sorted([FinishReason.ERROR, FinishReason.LENGTH])
+    guilty = next(name for name, end in ends.items() if end is FinishReason.ERROR)
+    again = request("again")
+    again.prompt_token_ids = {"x": [1, 2], "y": [3, 4]}[guilty]
+    with pytest.raises(VLLMValidationError, match="3 replicas have died"):
+        await core.add_request_async(again)
 
 
 async def test_a_dead_replica_that_is_thought_to_live_is_waited_out(
