@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Set
 from pathlib import Path
 
 import psutil
@@ -37,6 +38,8 @@ class Footprint:
         _adopt_orphans()
         self.cluster_id = secrets.token_hex(4)
         self._not_ours = {child.pid for child in psutil.Process().children(recursive=True)}
+        self._started: set[int] | None = None
+        """Children that this process has started itself, once all of them run: it waits for these elsewhere."""
         self.folder = _temp_root() / f"{_PREFIX}{self.cluster_id}"
         self.folder.mkdir(mode=0o700)
         (self.folder / _OWNER_FILE).write_text(str(os.getpid()), encoding="ascii")
@@ -72,14 +75,20 @@ class Footprint:
             for process in left:
                 _signal(process, kill=True)
             psutil.wait_procs(left, timeout=_KILL_PATIENCE_S)
-        self._reap()
+        self._reap(self._not_ours)
         _remove(self.cluster_id, self.folder)
         return killed
 
-    def _reap(self) -> None:
-        """Collect adopted children that ended by themselves: in a container nobody else may do it after us."""
+    def reap_orphans(self) -> None:
+        """Collect the dead among adopted children. To be called when all is started, and now and then from then on."""
+        if self._started is None:
+            self._started = {child.pid for child in psutil.Process().children()}
+        self._reap(self._not_ours | self._started)
+
+    def _reap(self, kept: Set[int]) -> None:
+        """Collect children that ended by themselves, but these: in a container nobody else may do it after us."""
         for child in psutil.Process().children():
-            if child.pid not in self._not_ours:
+            if child.pid not in kept:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(child.pid, os.WNOHANG)
 

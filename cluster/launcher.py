@@ -103,6 +103,7 @@ class LocalCluster:
             with self._stage("replicas") as say:
                 self._start_replicas(registry, say)
                 self.footprint.note_segments()
+                self.footprint.reap_orphans()
             with self._stage("ready") as say:
                 for model in self.config.models:
                     answer = answer_once(self.url, model.name, self._key, self.config.http.ssl_certfile)
@@ -112,11 +113,13 @@ class LocalCluster:
             raise
 
     def wait(self) -> None:
-        """Until this thread is interrupted: models that are added later map shared memory too, which is noted."""
+        """Until this thread is interrupted: models that are added later map shared memory too, which is noted, and dead
+        processes are collected."""
         while True:
             time.sleep(_NOTE_PERIOD_S)
             if self.footprint is not None:
                 self.footprint.note_segments()
+                self.footprint.reap_orphans()
 
     def stop(self) -> None:
         """Stop what was started, in reverse order; a KeyboardInterrupt skips to killing. Safe to call twice."""

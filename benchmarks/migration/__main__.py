@@ -43,7 +43,7 @@ ROUNDS = {256: 5, 1024: 5, 4096: 3, 7500: 3}
 STAGED_MOST, RECOMPUTED_MOST = 2048, 4096
 """Longest context that is moved so: beyond, the staging memory does not hold it, and a prompt takes minutes."""
 SLOWDOWN_CONTEXT, SLOWDOWN_ROUNDS = 4096, 4
-UNEVEN_REQUESTS, UNEVEN_RATE, UNEVEN_TURNS = 100, 1.4, 2
+UNEVEN_REQUESTS, UNEVEN_RATE, UNEVEN_TURNS = 70, 0.7, 2
 PARTS = ("downtime", "slowdown", "uneven")
 BEFORE, AFTER = 24, 8
 """Tokens of a stream before it moves and after."""

@@ -1,7 +1,10 @@
 """Nothing of a cluster stays on the host."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -22,6 +25,27 @@ def test_orphans_are_ended(tmp_path: Path) -> None:
     assert running(orphan)
     assert footprint.clear() == []
     assert not psutil.pid_exists(orphan)
+
+
+def test_dead_orphans_are_collected_and_own_children_are_not(tmp_path: Path) -> None:
+    """While the cluster runs: what a killed process leaves does not pile up, and how our own child ended is ours to
+    ask."""
+    footprint = Footprint()
+    own = subprocess.Popen(["bash", "-c", "read; exit 7"], stdin=subprocess.PIPE)
+    footprint.reap_orphans()
+    note = tmp_path / "pid"
+    subprocess.run(["bash", "-c", f"setsid sleep 1000 & echo $! > {note}"], check=True)
+    orphan = int(note.read_text())
+    os.kill(orphan, signal.SIGKILL)
+    assert own.stdin is not None
+    own.stdin.close()
+    deadline_s = time.monotonic() + 10
+    while psutil.pid_exists(orphan) or running(own.pid):
+        footprint.reap_orphans()
+        assert time.monotonic() < deadline_s
+    footprint.reap_orphans()
+    assert own.wait() == 7
+    footprint.clear()
 
 
 def test_a_process_that_will_not_end_is_killed() -> None:
