@@ -222,7 +222,8 @@ class MovePlanner:
             source, destination = need.load.engine, taker.engine
             self._number += 1
             self._memory[source.engine_id].gave_s = self._memory[destination.engine_id].got_s = now_s
-            self._memory[destination.engine_id].given.append((now_s, max(need.tokens, need.load.mean)))
+            goes = source.prompt_tokens if source.waiting else need.tokens
+            self._memory[destination.engine_id].given.append((now_s, max(goes, need.load.mean)))
             order = MoveOrder(
                 self._number,
                 source.engine_id,

@@ -63,7 +63,7 @@ class Relief:
             if order.number <= self._number:
                 continue
             self._number = order.number
-            if order.source not in self._moving and self._takes(order.destination) and self._rng.random() < self._share:
+            if self._takes(order.destination) and self._rng.random() < self._share:
                 self._begin(order)
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class Relief:
                 continue
             if relay.token_ids and (why_final(relay.request) is not None or _left(relay) < _WORTH_TOKENS):
                 continue
-            if relay.has_answered and source in self._fixed:
+            if relay.has_answered and (source in self._fixed or source in self._moving):
                 continue
             tokens = prompt_length(relay.request) + len(relay.token_ids)
             yield Candidate(relay.request_id, tokens, relay.has_answered)

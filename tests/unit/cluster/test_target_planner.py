@@ -179,4 +179,4 @@ def test_settings_of_a_configuration() -> None:
         "controller": {"active_max": 7, "batch_sizing": False},
     }
     config = ClusterConfig.model_validate(tree)
-    assert TargetSettings.of(config) == TargetSettings(0, 7, False, 0.04)
+    assert TargetSettings.of(config) == TargetSettings(0, 7, False, 0.04, migration=True)
