@@ -30,6 +30,7 @@ from memory_agent.heap import trim_heap
 from memory_agent.host_segment import HostSegment, host_segment_path
 from memory_agent.kv_fingerprint import KvFingerprint
 from memory_agent.lease_board import NO_FD, EngineWord
+from memory_agent.staging import staging_origin
 from replicas.activation_ledger import ActivationSample
 from replicas.activation_meter import ActivationMeter
 from replicas.cuda_meter import CudaMeter
@@ -319,8 +320,7 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         return slots
 
     def _transport(self, rank: int) -> SharedMemoryTransport:
-        board = Path(self.settings.board_path)
-        base = board.with_name(f"{board.stem}-moving{self.settings.row}")
+        base = staging_origin(Path(self.settings.board_path), self.settings.row)
         fingerprint = self._fingerprint(rank=rank).digest
         return SharedMemoryTransport(base, self.geometry.block_bytes, self._staging_places, rank, fingerprint)
 
