@@ -161,7 +161,7 @@ async def test_a_block_that_is_still_to_come_is_waited_for(nodes: Nodes) -> None
     nodes.segments[0].write(0, key(1), content(1))
     fetching = asyncio.create_task(nodes.fetch(until=key(2)))
     async with asyncio.timeout(5):
-        while len(nodes.there()) < 1:
+        while len(nodes.there()) < 1:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
     assert not fetching.done()
     nodes.segments[0].write(4, key(2), content(2))
@@ -248,7 +248,7 @@ async def test_mirrors_end_with_their_migration_when_idle_and_with_their_agent(
     assert len(files()) == 1
     monkeypatch.setattr(memory_agent.courier, "MIRROR_IDLE_S", 0.0)
     async with asyncio.timeout(5):
-        while files():
+        while files():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     expiring.cancel()
 
