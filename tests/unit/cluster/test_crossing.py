@@ -1,4 +1,4 @@
-"""A request moves between replicas of two nodes, whose agents are played: whatever fails, the client's tokens are whole."""
+"""A request moves between replicas of two nodes with played agents: whatever fails, the client's tokens are whole."""
 
 import asyncio
 from dataclasses import replace
