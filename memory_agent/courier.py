@@ -22,7 +22,7 @@ from memory_agent.token_bucket import TokenBucket
 CHUNK_BYTES = 8 << 20
 """Of blocks in one answer."""
 MIRROR_IDLE_S = 30.0
-MIRRORS_MOST = 8
+MIRRORS_MOST = 4
 WAIT_MOST_S = 0.5
 _LOOK_S = 0.002
 _PERIOD_S = 2.0
