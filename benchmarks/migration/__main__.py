@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks import overhead
-from benchmarks.migration import simulated
+from benchmarks.migration import simulated, transport
 from benchmarks.migration.two_replicas import Handle, Streams, two_replicas
 from benchmarks.record import finish
 from cluster.core_client import ClusterCore
@@ -203,9 +203,10 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS), help="tokens; ascending")
     parser.add_argument("--slowdown-rounds", type=int, default=SLOWDOWN_ROUNDS)
     parser.add_argument("--simulate", action="store_true", help="instead: what moving is worth on simulated clusters")
+    parser.add_argument("--transport", action="store_true", help="instead: bytes a second that KV moves at")
     options = parser.parse_args()
-    if options.simulate:
-        simulated.run()
+    if options.simulate or options.transport:
+        (simulated if options.simulate else transport).run()
         return
     asyncio.run(run(sorted(options.contexts), options.slowdown_rounds))
 
