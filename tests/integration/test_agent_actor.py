@@ -468,7 +468,7 @@ def test_a_fetch_that_nobody_waits_for_ends_too(courier: Courier) -> None:
 
     def fetches() -> bool:
         names = courier.destination.agent.__ray_call__.remote(
-            lambda _: [str(task.get_coro()) for task in asyncio.all_tasks()]
+            lambda agent: [str(task.get_coro()) for task in asyncio.all_tasks(agent._tasks[0].get_loop())]
         )
         return not any("fetch" in name or "_pull" in name for name in ray.get(names, timeout=TIMEOUT_S))
 
