@@ -265,6 +265,9 @@ class MemoryConfig(_Section):
     """Bytes of host memory, beside the budget, in which each elastic replica keeps KV blocks that left the budget, to
     load them instead of computing them again. It also lets it compute prompts before there is memory to decode them.
     auto: none."""
+    fetch_rate: Size = None
+    """Most bytes a second of KV that a node takes from other nodes, with requests that move there. What takes more than
+    eight seconds so is not moved. auto: no bound."""
     rest: Size = None
     """KV bytes that an idle engine shrinks to, at most what one longest request needs. auto: a 64th of its ceiling, at
     least two KV blocks."""

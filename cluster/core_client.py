@@ -46,6 +46,7 @@ from vllm.v1.engine.core_client import AsyncMPClient
 from cluster.attempt_watch import unanswered
 from cluster.bench.report import Slo
 from cluster.continuation import continued
+from cluster.crossing import CallAgent, Crossings
 from cluster.door import Door
 from cluster.engine_slots import EngineSlots
 from cluster.errands import Errands
@@ -66,6 +67,7 @@ from cluster.route import Route
 from cluster.routing_policy import RouteRequest
 from cluster.suspects import Suspects
 from cluster.tenancy import tenant_salt
+from memory_agent.agent_calls import AgentCalls
 from replicas.answer_journal import Mark
 from replicas.channel_wire import InboxAddress
 from replicas.hop import Frames, HopCodec
@@ -107,6 +109,7 @@ class ClusterCore:
         door: Door | None = None,
         may_rest: bool = False,
         routers: int = 1,
+        call_agent: CallAgent | None = None,
     ) -> None:
         """``open`` is to be awaited before the first request.
 
@@ -117,6 +120,7 @@ class ClusterCore:
             door: in front of them; None lets every request in at once.
             may_rest: there can be no replica, while nobody asks for one.
             routers: processes that have such a core of the model.
+            call_agent: calls memory agents, by default through Ray.
         """
         self.door = door or Door()
         self.resources = CoreResources()
@@ -140,7 +144,10 @@ class ClusterCore:
         self._tickets = itertools.count(1)
         self._inbox = OutputInbox(self._receive, lambda replica: self._errands.lost(replica))
         self._errands = Errands(self._inbox, self._call, self._tickets)
-        self.mover = Mover(model, self._relays, self._errands, lambda: self._slots.owners.values(), info.block_tokens)
+        crossings = Crossings(lambda: self.replicas, call_agent or AgentCalls())
+        self.mover = Mover(
+            model, self._relays, self._errands, lambda: self._slots.owners.values(), info.block_tokens, crossings
+        )
         self._evacuation = Evacuation(self.mover, self._relays, self._recall)
         self._shut: set[str] = set()
         self._relief = Relief(self.mover, self._relays, self._recall, self._takes, 1 / routers)
@@ -285,6 +292,7 @@ class ClusterCore:
             relay.tell_engine(slo)
             while (error := await self._try_in_turn(relay, slo)) is not None:
                 if relay.moved is not None or relay.recalled:
+                    await relay.await_kv()
                     continue
                 if isinstance(error, RayActorError) and not relay.was_taken and relay.attempts < ATTEMPTS_MOST:
                     await self._wait_for_another(relay, error)
@@ -379,8 +387,9 @@ class ClusterCore:
         return self._generate.remote(frames, self._address, ticket, route=route, mark=mark)
 
     def _give_up(self, relay: Relay, fault: str) -> None:
-        """End its present attempt, which has that fault."""
-        if relay.task is not None and not relay.given_up and relay.route is not None and not relay.route.over:
+        """End its present attempt, which has that fault; there is none between two, and while it moves."""
+        attempts = relay.route is not None and not relay.route.over and relay.moved is None
+        if relay.task is not None and not relay.given_up and attempts:
             relay.fault, relay.given_up = fault, True
             self._by_ticket.pop(relay.ticket, None)
             relay.task.cancel()

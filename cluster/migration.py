@@ -4,21 +4,28 @@
     destination replica  a request of one token over these blocks: they are in its prefix cache, pinned
     ... again, until a block or so is missing; then the source lets go, and the relay goes on at the destination
 
+Between nodes what is staged crosses before the destination looks for it (``cluster.crossing``).
+
 Whatever fails before the request has left leaves it where it is. Afterwards it is continued as after a replica's death,
 at the destination or elsewhere, with the KV that is there.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from http import HTTPStatus
 from uuid import uuid4
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
-from replicas.migration_words import ANSWER_PARAM, Arrival, PushAnswer, PushOrder, with_word
+from cluster.crossing import AHEAD_S, SWITCH_S, CrossingError, Crossings
+from replicas.migration_words import ANSWER_PARAM, Arrival, Moved, PushAnswer, PushOrder, with_word
 from replicas.warm_up import ahead_id
+
+logger = logging.getLogger("ray.serve")
 
 ROUNDS_MOST = 64
 TOKEN_WAIT_S = 1.0
@@ -47,10 +54,18 @@ class Rounds:
     Args:
         request: that moves, as its client asked it. tokens: of its answer, as far as they have come; it grows.
         block_tokens: tokens of a KV block.
+        crossings: between nodes; None where there is one only.
     """
 
     def __init__(
-        self, run: Run, request: EngineCoreRequest, tokens: list[int], source: str, destination: str, block_tokens: int
+        self,
+        run: Run,
+        request: EngineCoreRequest,
+        tokens: list[int],
+        source: str,
+        destination: str,
+        block_tokens: int,
+        crossings: Crossings | None = None,
     ) -> None:
         self._run = run
         self._request = request
@@ -59,6 +74,7 @@ class Rounds:
         self._destination = destination
         self._block_tokens = block_tokens
         self._name = uuid4().hex
+        self._crossing = crossings.between(source, destination, self._name) if crossings is not None else None
         self.ahead = self.done = 0
 
     async def push(self) -> None:
@@ -70,7 +86,7 @@ class Rounds:
             blocks = await self._known_blocks(answer.staged)
             if blocks <= self.ahead:
                 return
-            await self._run(self._destination, self._ahead(answer.origin, blocks))
+            await self._run(self._destination, self._ahead(await self._brought(answer.origin), blocks))
             self.ahead, self.done = blocks, self.done + 1
         raise MigrationError("its KV grows as fast as it is moved; try again when the replicas are less busy")
 
@@ -78,8 +94,21 @@ class Rounds:
         """Have the source let go. Raises MigrationError where it does not."""
         await self._order(switch=True)
 
+    async def bring(self, moved: Moved) -> Moved:
+        """The source has let go: have what it sends last where the destination finds it. Never fails: what is not there
+        then is computed."""
+        if self._crossing is None or moved.move != self._name:
+            return moved
+        try:
+            return replace(moved, origin=await self._crossing.bring(moved.origin, SWITCH_S, moved.last))
+        except CrossingError as error:
+            logger.warning("request %s moves without its last KV: %s", self._request.request_id, error)
+            return replace(moved, computed=self.ahead * self._block_tokens)
+
     async def end(self) -> None:
-        """Nothing is held at the source any more. Never fails: it forgets by itself, later."""
+        """Nothing is held at either end any more. Never fails: they forget by themselves, later."""
+        if self._crossing is not None:
+            await self._crossing.end()
         try:
             await self._order(end=True)
         except MigrationError:
@@ -96,6 +125,16 @@ class Rounds:
         if answer.error is not None:
             raise MigrationError(f"request {self._request.request_id} is not moved: {answer.error}")
         return answer
+
+    async def _brought(self, origin: str) -> str:
+        """Where the destination finds what is staged. Raises MigrationError."""
+        if self._crossing is None:
+            return origin
+        try:
+            return await self._crossing.bring(origin, AHEAD_S)
+        except CrossingError as error:
+            why = f"request {self._request.request_id} is not moved: its KV does not get to the other node, {error}"
+            raise MigrationError(why, HTTPStatus.SERVICE_UNAVAILABLE) from error
 
     async def _known_blocks(self, staged: int) -> int:
         """Of the staged blocks those whose tokens have come, with one token more."""

@@ -72,7 +72,8 @@ class ModelRegistry:
 
     async def __init__(self, spec: RegistrySpec, initial: ModelSet) -> None:  # type: ignore[misc]  # Ray awaits it
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-        fleet = ServeFleet(spec.cluster_id, spec.device, routing_settings(spec.config))
+        routing, fetch_rate = routing_settings(spec.config), spec.config.memory.fetch_rate
+        fleet = ServeFleet(spec.cluster_id, spec.device, routing, fetch_rate)
         device = device_named(spec.device)
         self._config = spec.config
         self._keeper = ModelKeeper(spec.path, initial, spec.config, fleet, device=device)

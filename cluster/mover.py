@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from http import HTTPStatus
 
 from cluster.continuation import why_final
+from cluster.crossing import Crossings
 from cluster.errands import ERRAND_S, Errands
 from cluster.migration import MigrationError, Rounds
 from cluster.move import Migrated, MoveOutcome, Trigger
@@ -19,6 +20,7 @@ class Mover:
     Args:
         relays: by request id, as they come and go; replicas: ids of those that are there.
         block_tokens: tokens of a KV block.
+        crossings: between nodes.
 
     Attributes:
         counts: migrations by trigger and outcome.
@@ -32,9 +34,10 @@ class Mover:
         errands: Errands,
         replicas: Callable[[], Collection[str]],
         block_tokens: int,
+        crossings: Crossings,
     ) -> None:
         self._model, self._relays, self._errands = model, relays, errands
-        self._replicas, self._block_tokens = replicas, block_tokens
+        self._replicas, self._block_tokens, self._crossings = replicas, block_tokens, crossings
         self.counts: Counter[tuple[Trigger, MoveOutcome]] = Counter()
         self.downtimes = 0
         self.downtime_s = 0.0
@@ -45,8 +48,9 @@ class Mover:
         relay = self._movable(request_id, to)
         source = relay.replica
         assert source is not None
-        rounds = Rounds(self._errands.run_at, relay.request, relay.token_ids, source, to, self._block_tokens)
-        relay.destination, relay.downtime_s = to, math.nan
+        run, tokens = self._errands.run_at, relay.token_ids
+        rounds = Rounds(run, relay.request, tokens, source, to, self._block_tokens, self._crossings)
+        relay.destination, relay.bring, relay.downtime_s = to, rounds.bring, math.nan
         relay.landed.clear()
         outcome = MoveOutcome.FAILED
         try:
@@ -57,7 +61,7 @@ class Mover:
         except TimeoutError:
             raise MigrationError(f"{to} has brought no token after {ERRAND_S:.0f} s; it may go on elsewhere") from None
         finally:
-            relay.destination = None
+            relay.destination = relay.bring = None
             self.counts[trigger, outcome] += 1
             await rounds.end()
         downtime_s = None if math.isnan(relay.downtime_s) else relay.downtime_s

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
 from vllm.v1.engine import EngineCoreRequest
@@ -39,7 +40,7 @@ class Relay:
         seen: tokens at the last look of ``cluster.attempt_watch``.
         wanted: the replica that its next attempt should go to.
         destination: the replica that it is being moved to.
-        moved: its replica has let it go, and no attempt has followed yet.
+        moved: its replica has let it go, and no attempt has followed yet. bring: has its KV where that will look.
         landed: after it has moved it has brought a token, or has ended.
         token_s: when its last token came, on the monotonic clock; downtime_s: from the last token before it moved to
             the first one after.
@@ -65,6 +66,7 @@ class Relay:
     wanted: str | None = None
     destination: str | None = None
     moved: Moved | None = None
+    bring: Callable[[Moved], Awaitable[Moved]] | None = None
     landed: asyncio.Event = field(default_factory=asyncio.Event)
     token_s: float = math.nan
     downtime_s: float = math.nan
@@ -98,6 +100,11 @@ class Relay:
     def is_last_attempt(self) -> bool:
         """No other may follow the present one, unless it brings a token."""
         return not self.retries_left or self.attempts == ATTEMPTS_MOST
+
+    async def await_kv(self) -> None:
+        """After it has moved, before its next attempt: its KV is where that will look."""
+        if self.moved is not None and self.bring is not None:
+            self.moved = await self.bring(self.moved)
 
     def why_over(self) -> str | None:
         """Why the attempt that has failed was the last; None where another one may help."""

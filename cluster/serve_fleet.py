@@ -34,8 +34,12 @@ class ServeFleet:
     """Implements ``cluster.model_keeper.Fleet``. Without the API's application it counts as away: before the cluster is
     started, and when it is being stopped."""
 
-    def __init__(self, cluster_id: str, device: str, routing: RoutingSettings) -> None:
+    def __init__(
+        self, cluster_id: str, device: str, routing: RoutingSettings, fetch_bytes_s: int | None = None
+    ) -> None:
+        """fetch_bytes_s: see ``AgentSpec``, of every node's."""
         self._cluster_id, self._device, self._routing = cluster_id, device, routing
+        self._fetch_bytes_s = fetch_bytes_s
         self._agent: Any = None
         self._api: DeploymentHandle[Any] | None = None
         self._deletions: dict[str, asyncio.Task[None]] = {}
@@ -96,7 +100,8 @@ class ServeFleet:
             logger.info("deleting %s: %s", name, error)
 
     def _agent_spec(self, models: ModelSet) -> AgentSpec:
-        return AgentSpec(self._cluster_id, self._device, models.budget_bytes, models.weights_bytes)
+        sizes = models.budget_bytes, models.weights_bytes
+        return AgentSpec(self._cluster_id, self._device, *sizes, fetch_bytes_s=self._fetch_bytes_s)
 
     async def _ask(self, answer: Awaitable[T]) -> T:
         try:

@@ -88,7 +88,8 @@ def start_control(config: ClusterConfig, cluster_id: str, device: Device, sizing
     registry = ensure_registry(RegistrySpec(cluster_id, device.name, config), initial)
     waiting = [ensure_controller(TargetSettings.of(config)).snapshot.remote()]
     if sizing.budget_bytes:
-        agent_spec = AgentSpec(cluster_id, device.name, sizing.budget_bytes, sizing.weights_bytes)
+        sizes = sizing.budget_bytes, sizing.weights_bytes
+        agent_spec = AgentSpec(cluster_id, device.name, *sizes, fetch_bytes_s=config.memory.fetch_rate)
         waiting.append(ensure_agent(agent_spec).describe.remote())
     ray.get(waiting, timeout=CONTROL_TIMEOUT_S)
     say("memory agent and controller are up")

@@ -1,7 +1,8 @@
 """The memory agent: a Ray actor beside each device that plans leases and reports pressure.
 
 It is a thin shell around LeaseKeeper. Its hard state is the lease board, a file in shared memory, so its death costs
-nothing but time: engines go on with their last lease, Ray starts it again, and it goes on from the same file.
+nothing but time: engines go on with their last lease, Ray starts it again, and it goes on from the same file. KV of
+requests that move between nodes goes through it too (``Courier``).
 """
 
 import asyncio
@@ -16,11 +17,14 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from memory_agent.agent_calls import AgentCalls
 from memory_agent.controller_link import ControllerLink
+from memory_agent.courier import Courier
 from memory_agent.device_report import DeviceReporter
 from memory_agent.durable_actor import ensure_actor
 from memory_agent.errors import SettingsError
 from memory_agent.lease_keeper import LeaseKeeper
+from memory_agent.mirror import Staged
 from memory_agent.reports import DeviceReport
 from memory_agent.tenant import EngineTerms
 
@@ -40,12 +44,14 @@ class AgentSpec:
         cluster_id: tells the boards of clusters on one host apart; device: for example ``cpu`` or ``gpu0``.
         budget_bytes: KV bytes that the engines of the device share, until ``set_budget`` says otherwise.
         weights_bytes: likewise, set aside for their weights beside the budget.
+        fetch_bytes_s: most bytes of KV a second that come from other nodes; None for no bound.
     """
 
     cluster_id: str
     device: str
     budget_bytes: int
     weights_bytes: int = 0
+    fetch_bytes_s: int | None = None
 
     def __post_init__(self) -> None:
         for name in (self.cluster_id, self.device):
@@ -90,7 +96,9 @@ class MemoryAgent:
         self._keeper = LeaseKeeper(board_path(spec), spec.budget_bytes, spec.weights_bytes)
         self._reporter = DeviceReporter(node_id, spec.device, os.getpid(), time.time_ns())
         self._link = ControllerLink()
-        self._tasks = [asyncio.create_task(self._keep()), asyncio.create_task(self._link.run())]
+        self._calls = AgentCalls()
+        self._courier = Courier(board_path(spec), self._ask_staged, spec.fetch_bytes_s)
+        self._tasks = [asyncio.create_task(work) for work in (self._keep(), self._link.run(), self._courier.run())]
         for task in self._tasks:
             task.add_done_callback(_die_with)
 
@@ -153,6 +161,22 @@ class MemoryAgent:
             "weights_bytes": board.weights_bytes,
             "engines": [tenant.engine_id for tenant in self._keeper.tenants],
         }
+
+    async def staged(self, origin: str, rank: int, known: list[bytes], wait_s: float = 0.0) -> Staged:
+        """Asked by the agent of another node: see ``Courier.staged``."""
+        return await self._courier.staged(origin, rank, known, wait_s)
+
+    async def fetch(self, source: str, origin: str, move: str, until: bytes, within_s: float) -> str:
+        """Asked by whoever moves a request to this node: see ``Courier.fetch``. source: the other node's agent."""
+        return await self._courier.fetch(source, origin, move, until, within_s)
+
+    async def forget(self, move: str) -> None:
+        """What was fetched for this migration is needed no more."""
+        await self._courier.forget(move)
+
+    async def _ask_staged(self, agent: str, origin: str, rank: int, known: list[bytes], wait_s: float) -> Staged:
+        staged: Staged = await self._calls(agent, "staged", origin, rank, known, wait_s)
+        return staged
 
     async def _keep(self) -> None:
         report_at_s = 0.0

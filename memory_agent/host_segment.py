@@ -22,7 +22,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import psutil
@@ -56,22 +56,16 @@ _GENERATION, _KEY, _LENGTH, _CHECKSUM = 0, 1, 5, 6  # words of a slot's header
 
 def host_segment_path(board: Path, row: int, rank: int) -> Path:
     """The segment of worker ``rank`` of the engine in ``row`` lies beside its lease board, on the same node."""
-    return rank_path(board.with_name(f"{board.stem}-host{row}"), rank)
+    return board.with_name(f"{board.stem}-host{row}-{rank}")
 
 
-def staging_segment_base(board: Path, row: int) -> Path:
-    """Likewise of the staging memory for requests that leave the engine, without its rank."""
-    return board.with_name(f"{board.stem}-moving{row}")
+class StoredBlock(NamedTuple):
+    """What a slot says of the block in it. ``checksum``: as its writer divided it, so that only who knows its parts can
+    check it."""
 
-
-def segment_paths(board: Path, row: int, rank: int) -> list[Path]:
-    """All that worker ``rank`` of the engine in ``row`` may have, and leaves where it is killed."""
-    return [host_segment_path(board, row, rank), rank_path(staging_segment_base(board, row), rank)]
-
-
-def rank_path(base: Path, rank: int) -> Path:
-    """The segment of worker ``rank`` among those of ``base``."""
-    return base.with_name(f"{base.name}-{rank}")
+    key: bytes
+    length: int
+    checksum: int
 
 
 class SegmentError(MemoryError_):
@@ -173,7 +167,7 @@ class HostSegment:
     @classmethod
     def _open(cls, path: Path, writable: bool) -> Self:
         try:
-            fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+            fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
             raise SegmentError(f"no host segment at {path}: {error.strerror}; has its engine started?") from error
         try:
@@ -214,32 +208,31 @@ class HostSegment:
 
         Raises OutOfDeviceMemory when there is no memory to commit: the slot is empty and takes no memory then.
         """
-        at = self._header_at(slot)
         words = [_words(part) for part in parts]
         length = sum(part.nbytes for part in words)
         if len(key) != KEY_BYTES or not 0 < length <= self.slot_bytes:
             raise ContractViolation(
                 f"{length} bytes under a key of {len(key)}: a slot takes 1 to {self.slot_bytes}, a key has {KEY_BYTES}"
             )
-        writing = self._begin(at)
-        try:
-            stored = self._transfer(os.pwritev, words, slot)
-        except OSError as error:
-            self._empty(slot)
-            if error.errno not in (errno.ENOSPC, errno.ENOMEM):
-                raise
-            stored = 0
-        if stored != length:
-            self._empty(slot)
-            raise OutOfDeviceMemory(
-                f"no memory for {length} bytes in {self.path}, which takes {self.held_bytes()}: "
-                "the machine's memory or the shared memory file system is full; make the host buffer smaller"
-            )
-        key_at = (at + _KEY) * 8
-        self._bytes[key_at : key_at + KEY_BYTES] = key
-        self._words[at + _LENGTH] = length
-        self._words[at + _CHECKSUM] = block_checksum(key, words)
-        self._words[at + _GENERATION] = writing + 1
+        self._write(slot, StoredBlock(key, length, block_checksum(key, words)), words)
+
+    def write_copy(self, slot: int, block: StoredBlock, data: Part) -> None:
+        """Store a block as another segment has it: ``data`` are its bytes, in one row. Raises as ``write`` does."""
+        words = _words(data)
+        if len(block.key) != KEY_BYTES or words.nbytes != block.length or not 0 < block.length <= self.slot_bytes:
+            raise ContractViolation(f"{words.nbytes} bytes are no copy of a block of {block.length}")
+        self._write(slot, block, [words])
+
+    def read_copy(self, slot: int, room: Part) -> StoredBlock | None:
+        """Copy whatever block the slot holds to the beginning of ``room``, one row of ``slot_bytes`` or more; None
+        where it holds none, or another one came meanwhile. Its checksum is not looked at."""
+        before = self._read_header(slot)
+        generation, key, length, checksum = before
+        if generation % 2 or not 0 < length <= self.slot_bytes:
+            return None
+        copied = self._transfer(os.preadv, [_words(room[:length])], slot)
+        whole = copied == length and self._read_header(slot) == before
+        return StoredBlock(key, length, checksum) if whole else None
 
     def read_into(self, slot: int, key: bytes, parts: Sequence[Part]) -> bool:
         """Copy the block ``key`` from ``slot`` into ``parts``; False where the slot does not hold it, whole.
@@ -284,6 +277,28 @@ class HostSegment:
         self._map.close()
         os.close(self._fd)
         self._fd = -1
+
+    def _write(self, slot: int, block: StoredBlock, words: Sequence[Words]) -> None:
+        at = self._header_at(slot)
+        writing = self._begin(at)
+        try:
+            stored = self._transfer(os.pwritev, words, slot)
+        except OSError as error:
+            self._empty(slot)
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+                raise
+            stored = 0
+        if stored != block.length:
+            self._empty(slot)
+            raise OutOfDeviceMemory(
+                f"no memory for {block.length} bytes in {self.path}, which takes {self.held_bytes()}: "
+                "the machine's memory or the shared memory file system is full; make the host buffer smaller"
+            )
+        key_at = (at + _KEY) * 8
+        self._bytes[key_at : key_at + KEY_BYTES] = block.key
+        self._words[at + _LENGTH] = block.length
+        self._words[at + _CHECKSUM] = block.checksum
+        self._words[at + _GENERATION] = writing + 1
 
     def _begin(self, at: int) -> int:
         """Make the slot's generation odd, a number it never had, and return it."""

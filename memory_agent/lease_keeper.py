@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from memory_agent.errors import SettingsError
-from memory_agent.host_segment import segment_paths
 from memory_agent.lease_board import MAX_ROWS, MAX_WORKERS, AgentWord, EngineWord, LeaseBoard, Row, RowState
 from memory_agent.lease_planner import plan_leases
 from memory_agent.pressure import Pressure, usage_ratio
 from memory_agent.processes import ExitWatch, shared_segments
+from memory_agent.staging import segments_of
 from memory_agent.start_lease import Stake, check_stakes, choose_starts, excess_bytes
 from memory_agent.tenant import EngineTerms, Role, Tenant, process_words
 
@@ -206,7 +206,7 @@ class LeaseKeeper:
             self._exits.remove((row.index, role))
         del self._tenants[row.index]
         for rank in range(MAX_WORKERS):  # of an engine that was killed
-            for segment in segment_paths(self.board.path, row.index, rank):
+            for segment in segments_of(self.board.path, row.index, rank):
                 segment.unlink(missing_ok=True)
         for segment in tenant.segments:
             segment.unlink(missing_ok=True)

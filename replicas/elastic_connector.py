@@ -27,9 +27,10 @@ from vllm.v1.outputs import KVConnectorOutput
 
 from memory_agent.extents import ExtentMap, KvGeometry
 from memory_agent.heap import trim_heap
-from memory_agent.host_segment import HostSegment, host_segment_path, staging_segment_base
+from memory_agent.host_segment import HostSegment, host_segment_path
 from memory_agent.kv_fingerprint import KvFingerprint
 from memory_agent.lease_board import NO_FD, EngineWord
+from memory_agent.staging import staging_origin
 from replicas.activation_ledger import ActivationSample
 from replicas.activation_meter import ActivationMeter
 from replicas.cuda_meter import CudaMeter
@@ -319,7 +320,7 @@ class ElasticKVConnector(KVConnectorBase_V1, SupportsHMA):
         return slots
 
     def _transport(self, rank: int) -> SharedMemoryTransport:
-        base = staging_segment_base(Path(self.settings.board_path), self.settings.row)
+        base = staging_origin(Path(self.settings.board_path), self.settings.row)
         fingerprint = self._fingerprint(rank=rank).digest
         return SharedMemoryTransport(base, self.geometry.block_bytes, self._staging_places, rank, fingerprint)
 

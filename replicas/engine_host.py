@@ -14,7 +14,7 @@ from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
 from vllm.v1.executor import Executor
-from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
 
 from replicas.hop import Frames, HopCodec
 from replicas.paced_core import PacedCore
@@ -124,11 +124,21 @@ class EngineHost:
 
 def _with_counts_of(stats: SchedulerStats, untold: SchedulerStats) -> SchedulerStats:
     """``stats`` of the last step with the counts of ``untold``, those of earlier steps, added to its own."""
-    mine, theirs = stats.prefix_cache_stats, untold.prefix_cache_stats
+    _add(stats.prefix_cache_stats, untold.prefix_cache_stats)
+    loaded, before = stats.connector_prefix_cache_stats, untold.connector_prefix_cache_stats
+    if loaded is not None and before is not None:
+        _add(loaded, before)
+    else:
+        stats.connector_prefix_cache_stats = before if loaded is None else loaded
+    return stats
+
+
+def _add(mine: PrefixCacheStats, theirs: PrefixCacheStats) -> None:
     for name in ("requests", "queries", "hits", "preempted_requests", "preempted_queries", "preempted_hits"):
         setattr(mine, name, getattr(mine, name) + getattr(theirs, name))
+    for source, hits in theirs.hits_by_source.items():
+        mine.hits_by_source[source] = mine.hits_by_source.get(source, 0) + hits
     mine.reset = mine.reset or theirs.reset
-    return stats
 
 
 def _without_counts(stats: SchedulerStats) -> SchedulerStats:

@@ -137,10 +137,12 @@ class KvPush:
         if ready - move.sent + tail > len(self._free):
             return f"{ready - move.sent} KV blocks have not gone ahead: there is no room for them"
         self._send(move, request, block_ids, ready)
+        last = block_key(self._fingerprint, request.block_hashes[ready - 1]) if ready else b""
         if tail:
-            self._store(move, ready, block_ids[ready], tail_key(self._fingerprint, request.request_id, computed))
+            last = tail_key(self._fingerprint, request.request_id, computed)
+            self._store(move, ready, block_ids[ready], last)
         move.stopped = True
-        return Moved(self._origin, move.name, computed)
+        return Moved(self._origin, move.name, computed, last.hex())
 
     def take(self) -> tuple[list[int], list[HostCopy]]:
         """Places to empty and blocks to send in this step."""

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Protocol
 
 from memory_agent.errors import MemoryError_
-from memory_agent.host_segment import HostSegment, Part, SegmentError, rank_path
+from memory_agent.host_segment import HostSegment, Part, SegmentError
 from memory_agent.kv_fingerprint import FINGERPRINT_BYTES
+from memory_agent.staging import segment_path
 
 
 class TransportError(Exception):
@@ -53,7 +54,8 @@ class Transport(Protocol):
 
 class SharedMemoryTransport:
     """Between engines of one node: a host segment of ``places`` slots, made when it is needed first. A block is copied
-    once to send it, and read from there straight into the KV memory of the destination.
+    once to send it, and read from there straight into the KV memory of the destination. An engine on another node finds
+    it in a mirror of the segment, beside its own board (``memory_agent.courier``).
 
     Args:
         base: path of the segment without its rank, beside the lease board.
@@ -125,4 +127,4 @@ class SharedMemoryTransport:
         return segment
 
     def _path(self, base: Path) -> Path:
-        return rank_path(base, self._rank)
+        return segment_path(base, self._rank)

@@ -65,11 +65,16 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Moved:
-    """The request has left; its KV lies at ``origin``, or will in a moment."""
+    """The request has left; its KV lies at ``origin``, or will in a moment.
+
+    Attributes:
+        last: key of the block that comes there last, in hexadecimal.
+    """
 
     origin: str
     move: str
     computed: int
+    last: str = ""
 
 
 def push_order(params: SamplingParams | None) -> PushOrder | None:

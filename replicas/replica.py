@@ -60,6 +60,7 @@ class ReplicaStats:
     Attributes:
         streams: requests that the replica has accepted and not finished.
         draining: it is to get no request while there are others; node_id, node_ip: where it runs, as Ray says.
+        agent: name of the memory agent there; "" for an engine without a lease.
         scheduler: gauges of the engine's last step; its counts are those since the last call, so each is told once.
     """
 
@@ -70,6 +71,7 @@ class ReplicaStats:
     draining: bool = False
     node_id: str = ""
     node_ip: str = ""
+    agent: str = ""
 
 
 class EngineReplica:
@@ -85,6 +87,7 @@ class EngineReplica:
 
         Raises what vLLM raises for settings it refuses, and what the agent raises where the guarantee does not fit.
         """
+        from memory_agent.agent import agent_name
         from replicas.answer_journal import AnswerJournal
         from replicas.engine_config import build_paced_core, build_vllm_config
         from replicas.engine_host import EngineHost
@@ -94,7 +97,10 @@ class EngineReplica:
         own_engine_processes()
         self.engine_id: str = serve.get_replica_context().replica_id.unique_id
         self._closing = self._draining = False
-        self._node = ray.get_runtime_context().get_node_id(), get_node_ip_address()  # type: ignore[no-untyped-call]
+        node_id, agent = ray.get_runtime_context().get_node_id(), ""
+        if agent_spec is not None:
+            agent = agent_name(node_id, agent_spec.device)
+        self._node = node_id, get_node_ip_address(), agent  # type: ignore[no-untyped-call]
         self._tasks: list[asyncio.Task[None]] = []
         self._link = BoardLink(self.engine_id, spec, agent_spec) if agent_spec is not None else None
         where = (self._link.registration.board_path, self._link.registration.row) if self._link is not None else ()

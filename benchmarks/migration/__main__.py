@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import overhead
-from benchmarks.migration import simulated
+from benchmarks.migration import simulated, transport
 from benchmarks.migration.two_replicas import Handle, Streams, two_replicas
 from benchmarks.migration.uneven import measure as measure_uneven
 from benchmarks.record import finish, known
@@ -228,9 +228,10 @@ def main() -> None:
     parser.add_argument("--uneven-turns", type=int, default=UNEVEN_TURNS)
     parser.add_argument("--part", choices=PARTS, action="append", help="this one alone; repeat it")
     parser.add_argument("--simulate", action="store_true", help="instead: what moving is worth on simulated clusters")
+    parser.add_argument("--transport", action="store_true", help="instead: bytes a second that KV moves at")
     options = parser.parse_args()
-    if options.simulate:
-        simulated.run()
+    if options.simulate or options.transport:
+        (simulated if options.simulate else transport).run()
         return
     contexts = sorted(options.contexts)
     work = {

@@ -1,5 +1,6 @@
 """Agent and controller as actors of a real Ray cluster, with processes that follow their leases with real memory."""
 
+import asyncio
 import os
 import shutil
 import signal
@@ -11,21 +12,27 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import ray
 from ray.exceptions import RayActorError
 
 from cluster.controller import Controller, ensure_controller
+from cluster.crossing import Crossing, CrossingError
 from cluster.target_planner import TargetSettings
-from memory_agent.agent import AgentSpec, Registration, board_path, ensure_agent
+from memory_agent.agent import AgentSpec, Registration, agent_name, board_path, ensure_agent
+from memory_agent.agent_calls import AgentCalls
 from memory_agent.errors import SettingsError
+from memory_agent.host_segment import HostSegment
 from memory_agent.lease_board import LIMIT_UNIT_BYTES, MAX_ROWS, EngineWord, LeaseBoard, ReplicaWord, Row
 from memory_agent.processes import file_bytes
 from memory_agent.reports import DeviceReport, EngineReport, PressureLevel
+from memory_agent.staging import segment_path, staging_origin
 from tests.integration.fake_engine import FLOOR_BYTES
 
 UNIT = LIMIT_UNIT_BYTES
@@ -352,3 +359,118 @@ def test_a_clock_that_was_set_back_stops_nobody(device: Device, controller: Any)
         return target is not None and target.revision > future
 
     eventually(above)
+
+
+class Courier:
+    """Two devices whose agents carry KV blocks from the first's staging memory to the second."""
+
+    BLOCK_BYTES, PLACES = 1 << 20, 24
+
+    def __init__(self, source: Device, destination: Device) -> None:
+        node = ray.get_runtime_context().get_node_id()
+        self.source, self.destination = source, destination
+        self.names = [agent_name(node, device.spec.device) for device in (source, destination)]
+        self.origin = staging_origin(board_path(source.spec), 0)
+        self.move = uuid.uuid4().hex
+        ray.get([device.agent.describe.remote() for device in (source, destination)], timeout=TIMEOUT_S)
+        self.segment = HostSegment.create(segment_path(self.origin, 0), self.BLOCK_BYTES, self.PLACES, b"f" * 32)
+
+    def write(self, place: int) -> bytes:
+        """A block of which each byte is its place; its key."""
+        key = place.to_bytes(32, "big")
+        self.segment.write(place, key, [np.full(self.BLOCK_BYTES, place, np.uint8)])
+        return key
+
+    async def bring(self, origin: str = "", within_s: float = TIMEOUT_S, until: bytes = b"") -> Path:
+        crossing = Crossing(AgentCalls(), *self.names, self.move)
+        return Path(await crossing.bring(origin or str(self.origin), within_s, until.hex()))
+
+    def check(self, origin: Path) -> None:
+        """All that is staged is there, as it was."""
+        with closing(HostSegment.open(segment_path(origin, 0))) as mirror:
+            assert mirror.scan() == self.segment.scan()
+            room = np.zeros(self.BLOCK_BYTES, np.uint8)
+            for key, place in mirror.scan().items():
+                assert mirror.read_into(place, key, [room])
+                assert (room == place).all()
+
+    @property
+    def mirrors(self) -> list[Path]:
+        board = board_path(self.destination.spec)
+        return list(board.parent.glob(f"{board.stem}-mirror-*"))
+
+    def close(self) -> None:
+        self.segment.close()
+        for path in (self.segment.path, *self.mirrors):
+            path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def courier(ray_cluster: None) -> Iterator[Courier]:
+    devices = Device(), Device()
+    courier = Courier(*devices)
+    yield courier
+    for device in devices:
+        device.close()
+    courier.close()
+
+
+def test_agents_carry_kv_blocks_through_ray(courier: Courier) -> None:
+    """In several chunks, each once; nothing is left when the migration has ended."""
+    for place in range(20):
+        courier.write(place)
+    courier.check(asyncio.run(courier.bring()))
+    courier.write(22)
+    courier.check(asyncio.run(courier.bring(until=(22).to_bytes(32, "big"))))
+    asyncio.run(AgentCalls()(courier.names[1], "forget", courier.move))
+    assert not courier.mirrors
+
+
+def test_an_agent_gives_out_nothing_but_staging_memory(courier: Courier) -> None:
+    board = board_path(courier.source.spec)
+    for origin in (str(board), "/etc/passwd", str(board.with_name(f"{board.stem}-host0"))):
+        with pytest.raises(CrossingError, match="no staging memory"):
+            asyncio.run(courier.bring(origin))
+
+
+def test_a_fetch_ends_with_either_agent_and_the_next_one_works(courier: Courier) -> None:
+    """Killed while the fetch waits for a block. An agent that is started again removes what it had left."""
+    courier.write(0)
+
+    async def bring_in_vain(agent: Any) -> None:
+        bringing = asyncio.create_task(courier.bring(until=b"x" * 32))
+        while not courier.mirrors:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(kill_actor, agent)
+        with pytest.raises(CrossingError):
+            await bringing
+
+    for device in (courier.source, courier.destination):
+        asyncio.run(bring_in_vain(device.agent))
+        assert ray.get(device.agent.describe.remote(), timeout=TIMEOUT_S)["pid"]
+        assert bool(courier.mirrors) == (device is courier.source)
+        courier.check(asyncio.run(courier.bring()))
+
+
+def test_a_fetch_that_nobody_waits_for_ends_too(courier: Courier) -> None:
+    """It is cancelled in the agent, which goes on: it would poll the source for as long as it may otherwise."""
+    courier.write(0)
+
+    async def give_up() -> None:
+        bringing = asyncio.create_task(courier.bring(until=b"x" * 32, within_s=600.0))
+        while not courier.mirrors:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        bringing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await bringing
+
+    asyncio.run(give_up())
+
+    def fetches() -> bool:
+        names = courier.destination.agent.__ray_call__.remote(
+            lambda agent: [str(task.get_coro()) for task in asyncio.all_tasks(agent._tasks[0].get_loop())]
+        )
+        return not any("fetch" in name or "_pull" in name for name in ray.get(names, timeout=TIMEOUT_S))
+
+    eventually(fetches)
+    courier.check(asyncio.run(courier.bring()))

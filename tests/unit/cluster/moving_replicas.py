@@ -4,13 +4,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from ray.exceptions import ActorDiedError
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from cluster.core_client import ClusterCore
+from cluster.crossing import CallAgent
 from cluster.move import Migrated
 from cluster.route import Route, Standing
 from replicas.channel_wire import InboxAddress
@@ -29,6 +30,7 @@ from tests.unit.cluster.fake_replicas import INFO, request, stats
 
 TOKENS = 400
 DEADLINE_S = 10.0
+LAST = "1a" * 32
 
 
 class PlayedReplica:
@@ -37,6 +39,7 @@ class PlayedReplica:
 
     Attributes:
         said: the orders and the requests that came, in short. pushes: its engine knows orders.
+        found: where its requests were told to look for KV, and for how many tokens.
         holds: requests get no token from now on, but those that have one.
     """
 
@@ -50,6 +53,7 @@ class PlayedReplica:
         self._lanes: dict[str, tuple[Lane, EngineCoreRequest, int]] = {}
         self.gone: set[str] = set()
         self.pushes = True
+        self.found: list[tuple[str, int]] = []
         self.holds = False
 
     async def generate(self, frames: Frames, address: InboxAddress, ticket: int) -> None:
@@ -67,9 +71,11 @@ class PlayedReplica:
         elif (word := arrival(asked.sampling_params)) is not None and word.pin:
             assert len(asked.prompt_token_ids or ()) == word.computed + 1
             self.said.append(f"ahead {word.computed}")
+            self.found.append((word.origin, word.computed))
             self._fail("ahead")
             lane.put(EngineCoreOutput(asked.request_id, [0], finish_reason=FinishReason.LENGTH))
         else:
+            self.found += [(word.origin, word.computed)] if word is not None else []
             await self._stream(asked, lane, word is not None)
         await lane.ended
 
@@ -100,7 +106,7 @@ class PlayedReplica:
             lane, _, token = self._lanes.pop(order.request_id)
             self.gone.add(order.request_id)
             computed = token - 1  # the prompt is 1, 2, 3
-            moved = {MOVED_PARAM: asdict(Moved("there", order.move, computed))}
+            moved = {MOVED_PARAM: asdict(Moved("there", order.move, computed, LAST))}
             last = EngineCoreOutput(order.request_id, [], finish_reason=FinishReason.ABORT, kv_transfer_params=moved)
             lane.put(last)
             if self.faults.get("after the switch") == "dies":
@@ -127,6 +133,7 @@ class Handle:
 
     Attributes:
         away: Ray Serve has taken them out of its set.
+        agents: of their nodes, by name; "" for none.
     """
 
     def __init__(self, *replicas: PlayedReplica) -> None:
@@ -134,6 +141,7 @@ class Handle:
         self.draining: set[str] = set()
         self.away: set[str] = set()
         self.asked = ""
+        self.agents: dict[str, str] = {}
 
     def options(self, *, method_name: str) -> "Handle":
         return self
@@ -157,7 +165,10 @@ class Handle:
 
     async def results_async(self, **kwargs: object) -> list[Any]:
         there = [name for name in self.replicas if name not in self.away]
-        return there if self.asked == "drain" else [stats(name, draining=name in self.draining) for name in there]
+        if self.asked == "drain":
+            return there
+        numbers = [stats(name, draining=name in self.draining) for name in there]
+        return [replace(one, agent=self.agents.get(one.engine_id, "")) for one in numbers]
 
 
 class Client:
@@ -199,10 +210,13 @@ class Client:
 
 
 @asynccontextmanager
-async def client() -> AsyncIterator[Client]:
+async def client(call_agent: CallAgent | None = None) -> AsyncIterator[Client]:
+    """call_agent: where it is given, each replica's node has an agent, "agent-a" and "agent-b"."""
     a, b = PlayedReplica("a"), PlayedReplica("b")
     handle = Handle(a, b)
-    core = ClusterCore("m", handle, INFO, replicas=2, replica_limit=4)  # type: ignore[arg-type]
+    if call_agent is not None:
+        handle.agents = {name: f"agent-{name}" for name in "ab"}
+    core = ClusterCore("m", handle, INFO, replicas=2, replica_limit=4, call_agent=call_agent)  # type: ignore[arg-type]
     await core.open("127.0.0.1")
     try:
         async with asyncio.timeout(DEADLINE_S):

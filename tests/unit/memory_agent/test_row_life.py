@@ -4,10 +4,10 @@ import os
 import subprocess
 import sys
 
-from memory_agent.host_segment import segment_paths
 from memory_agent.lease_board import EngineWord, RowState
 from memory_agent.lease_keeper import LeaseKeeper
 from memory_agent.processes import SHM
+from memory_agent.staging import segments_of
 from tests.unit.memory_agent.board_players import BUDGET, Clock, Processes, appear, terms
 
 
@@ -21,8 +21,7 @@ def test_dead_engine_gives_its_bytes_back(keeper: LeaseKeeper, clock: Clock, pro
     clock.tick(3, dying, other)
     assert other.lease.limit_bytes == BUDGET // 2
     left, alive = (
-        [file for rank in (0, 1) for file in segment_paths(keeper.board.path, row.index, rank)]
-        for row in (dying, other)
+        [file for rank in (0, 1) for file in segments_of(keeper.board.path, row.index, rank)] for row in (dying, other)
     )
     for file in (*left, *alive):
         file.touch()

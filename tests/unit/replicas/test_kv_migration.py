@@ -42,9 +42,11 @@ class Pair:
     def __init__(self, folder: Path, asynchronous: bool, ranks: int = 1, host_blocks: int = 0) -> None:
         spec = replace(modelless_spec(folder, ranks, host_blocks=host_blocks), async_scheduling=asynchronous)
         board, clock = LeaseBoard.create(folder / "board", 4 * ranks * spec.kv_ceiling_bytes), Clock()
-        for row in (board.row(0), board.row(1)):
+        other = self.other_board(board, 4 * ranks * spec.kv_ceiling_bytes)
+        for row in (board.row(0), other.row(1)):
             row.set(AgentWord.LEASE, Lease(spec.kv_guarantee_bytes, 1).pack())
-        self.source, self.destination = (ModellessEngine(folder / "board", row, clock, spec, ranks) for row in (0, 1))
+        self.source = ModellessEngine(board.path, 0, clock, spec, ranks)
+        self.destination = ModellessEngine(other.path, 1, clock, spec, ranks)
         for engine in self.engines:
             engine.set_limit(LIMIT_BLOCKS)
             engine.migration.push._clock = engine.migration.arrivals._clock = clock
@@ -54,6 +56,14 @@ class Pair:
         self.params = SamplingParams(max_tokens=1, ignore_eos=True)
         self.adapter: LoRARequest | None = None
         self.salt: str | None = None
+
+    def other_board(self, board: LeaseBoard, budget_bytes: int) -> LeaseBoard:
+        """The destination's: on one node, that of the source."""
+        return board
+
+    def bring(self, origin: str, until: str = "") -> str:
+        """What is staged at the source's ``origin`` gets to the destination's node: the origin there."""
+        return origin
 
     @property
     def engines(self) -> tuple[ModellessEngine, ModellessEngine]:
@@ -106,7 +116,7 @@ class Pair:
         """The destination takes what is staged."""
         name = f"warm-up-{next(self._numbers)}"
         computed = answer.staged * BLOCK_TOKENS
-        word = Arrival(answer.origin, "m", computed, pin=True)
+        word = Arrival(self.bring(answer.origin), "m", computed, pin=True)
         tokens = (self.prompt + self.told)[: computed + 1]
         self._add(self.destination, name, tokens, with_word(SamplingParams(max_tokens=1, ignore_eos=True), word))
         for _ in range(400):
@@ -140,7 +150,7 @@ class Pair:
         rest = self.params.clone()
         assert self.params.max_tokens is not None
         rest.max_tokens = self.params.max_tokens - len(told)
-        word = Arrival(self.moved.origin, self.moved.move, self.moved.computed)
+        word = Arrival(self.bring(self.moved.origin, self.moved.last), self.moved.move, self.moved.computed)
         self._add(self.destination, "r", self.prompt + told, with_word(rest, word))
 
     def run(self) -> None:
