@@ -206,8 +206,10 @@ async def measure_downtime(contexts: list[int]) -> tuple[dict[str, float], dict[
     first = SLOPE_FROM if SLOPE_FROM in found else contexts[0]
     headline = {
         "downtime_steps_median": round(statistics.median(everything), 3),
-        "downtime_context_slope": round(steps_of(found, contexts[-1]) / steps_of(found, first) - 1, 3),
     }
+    if contexts[-1] > first:
+        slope = steps_of(found, contexts[-1]) / steps_of(found, first) - 1
+        headline["downtime_context_slope"] = round(slope, 3)
     return headline, {
         str(context): {way: gaps.to_json() for way, gaps in ways.items()} for context, ways in found.items()
     }
