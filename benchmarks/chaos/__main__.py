@@ -177,7 +177,7 @@ def soak(options: argparse.Namespace) -> Found:
         if one.found.failed:
             print(f"logs: {keep_logs(nodes.folder)}")
         return one.found
-    except BaseException:
+    except BaseException:  # Ctrl-C too: the logs go with the folder
         print(f"logs: {keep_logs(nodes.folder)}")
         raise
     finally:
