@@ -318,10 +318,8 @@ class ClusterCore:
 
     def _suspect(self, relay: Relay) -> None:
         """Its replica has died, and had given no token of it."""
-        standing = relay.route.replica if relay.route is not None else None
-        replica = standing.replica_id if standing is not None else ""
-        routes = [one.route for one in self._relays.values() if one.route is not None and not one.has_answered]
-        party = sum(route.replica is not None and route.replica.replica_id == replica for route in routes)
+        replica = relay.last_replica or ""
+        party = sum(one.last_replica == replica and not one.has_answered for one in self._relays.values())
         relay.deaths += 1
         relay.is_cause = self._suspects.died_with(relay.request, relay.deaths, replica, party)
 

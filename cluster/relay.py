@@ -78,7 +78,12 @@ class Relay:
     @property
     def replica(self) -> str | None:
         """Where the present attempt runs, or is meant to run; None between two attempts."""
-        standing = self.route.replica if self.route is not None and not self.route.over else None
+        return self.last_replica if self.route is not None and not self.route.over else None
+
+    @property
+    def last_replica(self) -> str | None:
+        """Likewise of the latest attempt, also when that is over."""
+        standing = self.route.replica if self.route is not None else None
         return standing.replica_id if standing is not None else None
 
     @property
