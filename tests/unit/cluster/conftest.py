@@ -1,12 +1,17 @@
-"""Small checkpoints on disk, without any weights that mean something."""
+"""Small checkpoints on disk, without any weights that mean something, and vLLM's server of one of them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import pytest_asyncio
 import torch
 from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from tests.unit.cluster.vllm_front import VllmServer
 
 Checkpoint = Callable[..., Path]
 
@@ -37,3 +42,14 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
         return folder
 
     return make
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(tmp_path_factory: pytest.TempPathFactory) -> "AsyncIterator[VllmServer]":
+    """For modules whose tests share an event loop."""
+    from tests.unit.cluster.vllm_front import VllmServer, small_checkpoint  # slow to import, and few need it
+
+    made = VllmServer(small_checkpoint(tmp_path_factory.mktemp("words")))
+    await made.open()
+    yield made
+    await made.close()

@@ -3,8 +3,8 @@ over a real channel."""
 
 import asyncio
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,6 +16,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import LogprobsLists
 
+from cluster.core_client import ClusterCore
 from cluster.route import News, Route
 from replicas.answer_journal import AnswerJournal, Mark
 from replicas.channel_wire import InboxAddress
@@ -175,3 +176,25 @@ class Answers:
         assert timeout_s > 0
         assert return_exceptions
         return self.ask()
+
+
+MakeCore = Callable[[FakeHandle], Awaitable[ClusterCore]]
+
+
+@asynccontextmanager
+async def cores(model: str) -> AsyncIterator[MakeCore]:
+    """Builds cores of two replicas with room for four requests each, and closes them."""
+    made: list[ClusterCore] = []
+    handles: list[FakeHandle] = []
+
+    async def make(handle: FakeHandle) -> ClusterCore:
+        made.append(ClusterCore(model, handle, INFO, replicas=2, replica_limit=4))  # type: ignore[arg-type]
+        handles.append(handle)
+        await made[-1].open("127.0.0.1")
+        return made[-1]
+
+    yield make
+    for core in made:
+        core.shutdown()
+    for handle in handles:
+        handle.channels.close()

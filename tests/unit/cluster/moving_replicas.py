@@ -208,6 +208,17 @@ class Client:
         assert all(output.kv_transfer_params is None for output in self.mine)
         assert not self.core._errands
 
+    async def outlive_its_destination(self) -> None:
+        """The request moves to "b", which dies of it at once: it is continued elsewhere."""
+        self.b.faults = {"start": ActorDiedError()}
+        moving = asyncio.create_task(self.core.migrate("r", "b"))
+        await self.until(lambda: "moved here" in self.b.said)
+        self.b.faults = {}
+        await self.check_to_the_end()
+        await asyncio.wait([moving], timeout=DEADLINE_S)
+        moving.exception()
+        assert self.core.continued == 1
+
 
 @asynccontextmanager
 async def client(call_agent: CallAgent | None = None) -> AsyncIterator[Client]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-import pytest_asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -28,7 +27,7 @@ from cluster.key_ring import KeyRing
 from cluster.prompt_prefix import PREFIX_TOKENS, prefix_ids
 from replicas.hop import HopCodec
 from tests.unit.cluster.fake_replicas import Step, died
-from tests.unit.cluster.vllm_front import MODEL, Front, VllmServer, small_checkpoint
+from tests.unit.cluster.vllm_front import MODEL, Front, VllmServer
 
 CLASSES = [SloClass(name="chat"), SloClass(name="batch"), SloClass(name="gold")]
 BODY = {"model": MODEL, "prompt": "w3 w4", "max_tokens": 2}
@@ -36,14 +35,6 @@ Open = Callable[..., AbstractAsyncContextManager[Front]]
 ANSWER: list[Step] = [5, "finish"]
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmServer]:
-    made = VllmServer(small_checkpoint(tmp_path_factory.mktemp("words")))
-    await made.open()
-    yield made
-    await made.close()
 
 
 class Keys:

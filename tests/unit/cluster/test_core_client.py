@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -13,7 +13,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 
 import cluster.core_client
 import cluster.replica_poll
@@ -30,35 +30,21 @@ from cluster.room import Room
 from cluster.route import RouteEvent, Standing
 from cluster.slo import Ending
 from replicas.hop import TPOT_TARGET_ARG, TTFT_TARGET_ARG, HopCodec
-from tests.unit.cluster.fake_replicas import INFO, FakeCall, FakeHandle, died, request, stats
+from tests.unit.cluster.fake_replicas import FakeCall, FakeHandle, MakeCore, cores, died, request, stats
 
 
 def task_error() -> Exception:
     return RayTaskError("generate", "trace", ValueError("bad"))  # type: ignore[no-untyped-call]
 
 
-MakeCore = Callable[[FakeHandle], Awaitable[ClusterCore]]
 DEADLINE_S = 10.0
 HALT = Stop(Ending.TIMED_OUT, HTTPStatus.GATEWAY_TIMEOUT, "too long")
 
 
 @pytest.fixture
 async def make_core() -> AsyncIterator[MakeCore]:
-    """Builds cores of two replicas with room for four requests each, and closes them."""
-    cores: list[ClusterCore] = []
-    handles: list[FakeHandle] = []
-
-    async def make(handle: FakeHandle) -> ClusterCore:
-        cores.append(ClusterCore("m", handle, INFO, replicas=2, replica_limit=4))  # type: ignore[arg-type]
-        handles.append(handle)
-        await cores[-1].open("127.0.0.1")
-        return cores[-1]
-
-    yield make
-    for core in cores:
-        core.shutdown()
-    for handle in handles:
-        handle.channels.close()
+    async with cores("m") as make:
+        yield make
 
 
 async def outputs_until(core: ClusterCore, done: Callable[[list[EngineCoreOutput]], bool]) -> list[EngineCoreOutput]:
@@ -205,15 +191,22 @@ class OnReplicas(FakeHandle):
         return call
 
 
+PROMPTS = {"x": [1, 2], "y": [3, 4]}
+
+
+def asking(request_id: str, prompt: str) -> EngineCoreRequest:
+    one = request(request_id)
+    one.prompt_token_ids = PROMPTS[prompt]
+    return one
+
+
 async def test_who_waits_at_replicas_that_die_of_something_else_is_answered(make_core: MakeCore) -> None:
     """Two die, one soon after the other, with the same two requests waiting: each is tried by itself, and answered."""
     handle = OnReplicas([*[[died()]] * 4, [7, "finish"], [8, "finish"]])
     handle.names = "aabbcc"
     core = await make_core(handle)
-    for name, prompt in (("x", [1, 2]), ("y", [3, 4])):
-        asks = request(name)
-        asks.prompt_token_ids = prompt
-        await core.add_request_async(asks)
+    for name in PROMPTS:
+        await core.add_request_async(asking(name, name))
     outputs = await outputs_until(core, ended(2))
     assert sorted(tokens(outputs)) == [7, 8]
     assert (len(handle.calls), len(core._suspects)) == (6, 0)
@@ -224,18 +217,14 @@ async def test_the_cause_among_those_who_wait_is_found(make_core: MakeCore) -> N
     handle = OnReplicas([*[[died()]] * 5, [8, "finish"]])
     handle.names = "aabbcd"
     core = await make_core(handle)
-    for name, prompt in (("x", [1, 2]), ("y", [3, 4])):
-        asks = request(name)
-        asks.prompt_token_ids = prompt
-        await core.add_request_async(asks)
+    for name in PROMPTS:
+        await core.add_request_async(asking(name, name))
     outputs = await outputs_until(core, ended(2))
     ends = {one.request_id: one.finish_reason for one in outputs if one.finished}
     assert sorted(ends.values()) == sorted([FinishReason.ERROR, FinishReason.LENGTH])
     guilty = next(name for name, end in ends.items() if end is FinishReason.ERROR)
-    again = request("again")
-    again.prompt_token_ids = {"x": [1, 2], "y": [3, 4]}[guilty]
     with pytest.raises(VLLMValidationError, match="3 replicas have died"):
-        await core.add_request_async(again)
+        await core.add_request_async(asking("again", guilty))
 
 
 async def test_a_dead_replica_that_is_thought_to_live_is_waited_out(

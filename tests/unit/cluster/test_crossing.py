@@ -10,6 +10,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 import cluster.crossing
 from cluster.crossing import Crossings
 from cluster.migration import MigrationError
+from cluster.move import Migrated
 from memory_agent.courier import CourierError
 from tests.unit.cluster.fake_replicas import INFO, stats
 from tests.unit.cluster.moving_replicas import DEADLINE_S, LAST, Client, client
@@ -149,14 +150,20 @@ async def test_an_agent_that_forgets_nothing_is_not_waited_for(fault: Exception 
         check_moved(one, agents)
 
 
+async def moving_over(one: Client, agents: PlayedAgents) -> "asyncio.Task[Migrated]":
+    """A migration whose last blocks are crossing."""
+    moving = asyncio.create_task(one.migrate())
+    async with asyncio.timeout(DEADLINE_S):
+        while "switch" not in agents.said:  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+    return moving
+
+
 async def test_a_client_that_goes_away_while_its_last_blocks_cross_ends_the_migration() -> None:
     agents = PlayedAgents()
     agents.fails = {"switch": "stuck"}
     async with client(agents) as one:
-        moving = asyncio.create_task(one.migrate())
-        async with asyncio.timeout(DEADLINE_S):
-            while "switch" not in agents.said:  # noqa: ASYNC110
-                await asyncio.sleep(0.002)
+        moving = await moving_over(one, agents)
         await one.core.abort_requests_async(["r"])
         await asyncio.wait([moving], timeout=DEADLINE_S)
         moving.exception()
@@ -170,10 +177,7 @@ async def test_who_watches_attempts_gives_none_up_while_the_last_blocks_cross(mo
     agents = PlayedAgents()
     agents.fails = {"switch": "stuck"}
     async with client(agents) as one:
-        moving = asyncio.create_task(one.migrate())
-        async with asyncio.timeout(DEADLINE_S):
-            while "switch" not in agents.said:  # noqa: ASYNC110
-                await asyncio.sleep(0.002)
+        moving = await moving_over(one, agents)
         one.core._give_up(one.core._relays["r"], "on purpose")
         await moving
         await one.check_to_the_end()
@@ -183,14 +187,7 @@ async def test_who_watches_attempts_gives_none_up_while_the_last_blocks_cross(mo
 async def test_a_destination_that_dies_after_the_crossing_is_continued_elsewhere() -> None:
     agents = PlayedAgents()
     async with client(agents) as one:
-        one.b.faults = {"start": ActorDiedError()}
-        moving = asyncio.create_task(one.core.migrate("r", "b"))
-        await one.until(lambda: "moved here" in one.b.said)
-        one.b.faults = {}
-        await one.check_to_the_end()
-        await asyncio.wait([moving], timeout=DEADLINE_S)
-        moving.exception()
-        assert one.core.continued == 1
+        await one.outlive_its_destination()
         assert agents.said[-1] == "forget"
 
 

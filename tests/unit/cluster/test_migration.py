@@ -67,14 +67,7 @@ async def test_a_destination_that_does_not_answer_leaves_it_too(monkeypatch: pyt
 
 async def test_a_destination_that_dies_after_the_switch_is_continued_elsewhere() -> None:
     async with client() as one:
-        one.b.faults = {"start": ActorDiedError()}
-        moving = asyncio.create_task(one.core.migrate("r", "b"))
-        await one.until(lambda: "moved here" in one.b.said)
-        one.b.faults = {}
-        await one.check_to_the_end()
-        await asyncio.wait([moving], timeout=DEADLINE_S)
-        moving.exception()
-        assert one.core.continued == 1
+        await one.outlive_its_destination()
 
 
 async def test_a_source_that_dies_after_the_switch_is_not_missed() -> None:

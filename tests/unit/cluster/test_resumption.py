@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -21,24 +21,15 @@ from cluster.request_slo import CURRENT, RequestSlo
 from cluster.room import Room
 from cluster.slo import Ending
 from replicas.answer_journal import AnswerJournal, Mark
-from tests.unit.cluster.fake_replicas import INFO, FakeHandle, Step, died, request
+from tests.unit.cluster.fake_replicas import FakeHandle, MakeCore, Step, cores, died, request
 from tests.unit.cluster.test_slo_layer import BODIES, Client, ask, tally, until
-from tests.unit.cluster.vllm_front import MODEL, Front, VllmServer, small_checkpoint
+from tests.unit.cluster.vllm_front import MODEL, Front, VllmServer
 
 DEADLINE_S = 10.0
 KEY = {"idempotency-key": "8e03978e-40d5-43dd-bc93-6894a57f9324"}
 Open = Callable[..., AbstractAsyncContextManager[Front]]
-MakeCore = Callable[[FakeHandle], Awaitable[ClusterCore]]
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmServer]:
-    made = VllmServer(small_checkpoint(tmp_path_factory.mktemp("words")))
-    await made.open()
-    yield made
-    await made.close()
 
 
 @pytest.fixture
@@ -234,20 +225,8 @@ def _count(seen: list[EngineCoreOutput]) -> int:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def make_core() -> AsyncIterator[MakeCore]:
-    cores: list[ClusterCore] = []
-    handles: list[FakeHandle] = []
-
-    async def make(handle: FakeHandle) -> ClusterCore:
-        cores.append(ClusterCore(MODEL, handle, INFO, replicas=2, replica_limit=4))  # type: ignore[arg-type]
-        handles.append(handle)
-        await cores[-1].open("127.0.0.1")
-        return cores[-1]
-
-    yield make
-    for core in cores:
-        core.shutdown()
-    for handle in handles:
-        handle.channels.close()
+    async with cores(MODEL) as make:
+        yield make
 
 
 async def test_an_ingress_that_is_gone_holds_nothing(make_core: MakeCore) -> None:

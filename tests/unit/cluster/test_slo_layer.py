@@ -2,12 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from starlette.types import Message
 
 from cluster.admission import AdmissionQueue, QueueLimits
@@ -16,7 +15,7 @@ from cluster.door import Door
 from cluster.room import Room
 from cluster.slo import Ending, Tally
 from tests.unit.cluster.fake_replicas import Step, died
-from tests.unit.cluster.vllm_front import MODEL, Front, VllmServer, small_checkpoint
+from tests.unit.cluster.vllm_front import MODEL, Front, VllmServer
 
 DEADLINE_S = 20.0
 CLASSES = [
@@ -36,14 +35,6 @@ Open = Callable[..., AbstractAsyncContextManager[Front]]
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmServer]:
-    made = VllmServer(small_checkpoint(tmp_path_factory.mktemp("words")))
-    await made.open()
-    yield made
-    await made.close()
 
 
 @pytest.fixture

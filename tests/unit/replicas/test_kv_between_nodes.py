@@ -14,8 +14,7 @@ from memory_agent.courier import Courier
 from memory_agent.lease_board import LeaseBoard
 from memory_agent.mirror import Staged
 from memory_agent.staging import segment_path
-from tests.unit.replicas.modelless_engine import BLOCK_TOKENS
-from tests.unit.replicas.test_kv_migration import Pair, both_schedulers
+from tests.unit.replicas.test_kv_migration import Pair, both_schedulers, leave_everywhere
 
 MOVE = "ab" * 16
 
@@ -84,18 +83,7 @@ def test_a_request_moves_to_another_node_with_all_of_its_kv(asynchronous: bool, 
 @both_schedulers
 def test_every_place_in_a_block_is_a_good_place_to_leave(asynchronous: bool) -> None:
     """The key of the last block, which the fetch waits for, is that of the tail, or of the last full block."""
-    left = set()
-    for tokens in range(1, BLOCK_TOKENS + 2, 3):
-        with pair(asynchronous) as two:
-            two.ask(prompt=70, tokens=80)
-            two.decode(tokens)
-            two.rounds()
-            assert two.switch().error is None
-            assert two.moved is not None
-            left.add(two.moved.computed % BLOCK_TOKENS)
-            two.finish()
-            assert two.destination.first_steps["r"] == 1
-    assert len(left) > 5
+    leave_everywhere(lambda: pair(asynchronous))
 
 
 def test_what_comes_damaged_is_asked_for_again() -> None:
